@@ -1,0 +1,32 @@
+"""IRGL records of the shapes world: all six modes, and the prompts held out for evaluation.
+
+    python -m data_pipelines.build --config configs/shapes_data.py \
+        --source shapes --format parquet --out runs/shapes/data
+
+writes train/<mode>/*.parquet (6,000 records, 8 MB), prompts_heldout.jsonl (300 prompts) and
+manifest.json in about 10 seconds.
+`configs/shapes_data.py:quick` is the same, cut short.
+"""
+
+import ml_collections
+
+
+def get_config(size: str = "full") -> ml_collections.ConfigDict:
+    """Args: size is "full" or "quick"."""
+    if size not in ("full", "quick"):
+        raise ValueError(f"shapes_data has the sizes full and quick, not {size!r}")
+    full = 1500 if size == "full" else 96
+    reasoning = full // 2
+    return ml_collections.ConfigDict({
+        "seed": 0,
+        "side": 64,  # pixels of the square images
+        "counts": {  # records of each mode
+            "initial_full": full,
+            "improving_full": full,
+            "initial_thinking_generation": reasoning,
+            "initial_thinking_understanding": reasoning,
+            "improving_thinking_generation": reasoning,
+            "improving_thinking_understanding": reasoning,
+        },
+        "num_heldout_prompts": 300 if size == "full" else 24,
+    })

@@ -1,0 +1,1 @@
+"""Records in, packed numpy batches out. This package never imports jax."""

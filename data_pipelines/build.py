@@ -1,0 +1,148 @@
+"""Writes a data set in the released record format.
+
+    python -m data_pipelines.build --config configs/shapes_data.py \
+        --source shapes --format parquet --out DIR
+
+DIR/train/<mode>/0000.parquet ...   one column `conversation`, pages with checksums
+DIR/prompts_heldout.jsonl           prompts that no training record shows
+DIR/manifest.json                   counts, configuration, versions, sha256 of every file
+
+The same configuration gives the same bytes. Everything is written to a folder beside DIR that
+takes its name at the very end, so DIR is whole or absent.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import PIL
+import pyarrow
+import pyarrow.parquet
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from data_pipelines import command
+from data_pipelines.config import BuildConfig, from_config_dict
+from data_pipelines.shapes import records as shapes
+from data_pipelines.sources import COLUMN
+
+MANIFEST = "manifest.json"
+PROMPTS = "prompts_heldout.jsonl"
+NUM_PROBED = 4  # records of each mode that tell whether the generator is still the same
+
+
+def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = False) -> bool:
+    """Generates the shapes data set into `out`.
+
+    Returns: False if `out` already holds exactly this data set, True if it was written.
+    Raises: ValueError if `out` holds anything else (a data set is replaced with `overwrite`), or if
+        the configuration names an unknown mode.
+    """
+    out = pathlib.Path(out)
+    known = {*shapes.MODES, *shapes.BASE_MODES}
+    for mode in config.counts:
+        if mode not in known:
+            raise ValueError(f"counts name the unknown mode {mode!r}; use {sorted(known)}")
+    prompts = [json.dumps(prompt, sort_keys=True) + "\n" for prompt
+               in shapes.heldout_prompts(config.num_heldout_prompts, seed=config.seed)]
+    wanted = _describe(config, prompts)
+    if out.exists() and any(out.iterdir()) and _is_built(out, wanted, overwrite):
+        return False
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
+    partial.mkdir(parents=True)
+    with tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress:
+        for mode, count in config.counts.items():
+            _write_mode(partial / "train" / mode, mode, count, config, progress)
+    (partial / PROMPTS).write_text("".join(prompts), encoding="utf-8")
+    versions = {"numpy": np.__version__, "pillow": PIL.__version__,
+                "pyarrow": pyarrow.__version__}
+    manifest = wanted | {"versions": versions, "files": _digests(partial)}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
+    return True
+
+
+def _describe(config: BuildConfig, prompts: list[str]) -> dict[str, Any]:
+    """What the data set is: its configuration, and a probe of what the generator makes of it."""
+    probe = hashlib.sha256("".join(prompts).encode())
+    for mode in config.counts:
+        for text in itertools.islice(_conversations(mode, config), NUM_PROBED):
+            probe.update(text.encode())
+    return {"source": "shapes", "format": "parquet", "config": dataclasses.asdict(config),
+            "probe": probe.hexdigest()}
+
+
+def _is_built(out: pathlib.Path, wanted: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` is the wanted data set; False only if it is one that may be replaced."""
+    path = out / MANIFEST
+    if not path.is_file():
+        # Never removed, whatever the flags say: this is not ours.
+        raise ValueError(f"{str(out)!r} exists and is no data set (it has no {MANIFEST}); choose "
+                         "another --out")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON; remove {str(out)!r} and build again") from error
+    differing = [key for key, value in wanted.items() if manifest.get(key) != value]
+    if not differing and manifest.get("files") != _digests(out):
+        differing = ["files"]
+    if not differing or overwrite:
+        return not differing
+    raise ValueError(f"{str(out)!r} holds another data set (its {', '.join(differing)} differ); "
+                     "pass --overwrite to replace it, or choose another --out")
+
+
+def _write_mode(folder: pathlib.Path, mode: str, count: int, config: BuildConfig,
+                progress: tqdm) -> None:
+    folder.mkdir(parents=True)
+    schema = pyarrow.schema([(COLUMN, pyarrow.string())])
+    conversations = _conversations(mode, config)
+    for number, start in enumerate(range(0, count, config.rows_per_file)):
+        path = folder / f"{number:04d}.parquet"
+        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd",
+                                           write_page_checksum=True) as writer:
+            end = min(start + config.rows_per_file, count)
+            for row in range(start, end, config.rows_per_group):
+                size = min(config.rows_per_group, end - row)
+                rows = list(itertools.islice(conversations, size))
+                writer.write_table(pyarrow.table([rows], schema=schema))
+                progress.update(size)
+
+
+def _conversations(mode: str, config: BuildConfig) -> Iterator[str]:
+    for index in itertools.count():
+        rng = shapes.generator(config.seed, mode, index)
+        yield json.dumps(shapes.record(mode, rng, split="train", side=config.side))
+
+
+def _digests(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files}
+
+
+def main(values: Any) -> None:
+    config = from_config_dict(BuildConfig, values.config)
+    written = build(config, out=values.out, overwrite=values.overwrite)
+    print(f"{'wrote' if written else 'already built:'} {sum(config.counts.values())} records of "
+          f"{len(config.counts)} modes in {values.out}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The data set's configuration file.")
+    flags.DEFINE_enum("source", "shapes", ["shapes"], "Where the records come from.")
+    flags.DEFINE_enum("format", "parquet", ["parquet"], "The file format of the records.")
+    flags.DEFINE_string("out", None, "Folder of the data set.")
+    flags.DEFINE_bool("overwrite", False, "Replace another data set in --out.")
+    flags.mark_flags_as_required(["config", "out"])
+    command.run(main)

@@ -1,0 +1,277 @@
+"""Configuration at the door: a ConfigDict becomes nested frozen dataclasses, once, and typos raise.
+
+    config = load_config("configs/shapes_stage1.py", overrides={"data.seed": 7})
+    data = from_config_dict(DataConfig, config.data, path="data")
+
+Nothing behind this door reads a ConfigDict, so every field that exists is documented here.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+import ml_collections
+
+from data_pipelines.batch import PIXELS_PER_TOKEN
+
+T = TypeVar("T")
+
+
+def _require_positive(config: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """The resize rule of one image encoder; sizes in pixels."""
+
+    stride: int                          # both sides become multiples of this
+    max_size: int                        # the longest side ends at or below this
+    min_size: int                        # the shortest side is scaled up to this first
+    max_pixels: int = 14 * 14 * 9 * 1024  # width * height, divided by the images that share it
+
+    def __post_init__(self):
+        _require_positive(self, ("stride", "max_size", "min_size", "max_pixels"))
+        if self.max_size < self.stride or self.max_size % self.stride:
+            raise ValueError(f"max_size {self.max_size} must be a multiple of stride {self.stride}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupConfig:
+    """One group of records: a learning mode and its share of the mixture."""
+
+    name: str                   # the mode: a folder of parquet files below the source
+    weight: float = 1.0         # records drawn, relative to the other groups
+    is_mandatory: bool = False  # every pack starts with one record of this group
+
+    def __post_init__(self):
+        if self.weight < 0 or (self.weight == 0 and not self.is_mandatory):
+            raise ValueError(f"group {self.name!r} has weight {self.weight}; use a positive "
+                             "one, or remove the group")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """From a built data set to packed batches."""
+
+    source: str                        # folder that holds <split>/<group>/*.parquet
+    groups: tuple[GroupConfig, ...]    # the mixture; in a config also {name: {weight, ...}}
+    split: str = "train"               # folder below source; "" for the released layout
+    seed: int = 42                     # fixes order, packs, dropout and timesteps
+
+    packs_per_step: int = 8            # B of the global batch; never derived from the device count
+    text_tokens: int = 8192            # T: text stream of a pack, image brackets included
+    vit_tokens: int = 16384            # V: ViT patches of a pack
+    latent_tokens: int = 16384         # G: latent tokens of a pack
+    images: int = 8                    # N: image slots of a pack (noised and clean VAE images)
+    max_tokens_per_record: int = 32768  # a longer one is oversize, even if a pack holds it
+    oversize: Literal["error", "drop"] = "error"  # drop: leave out, count and log
+    lookahead: int = 32                # records of each group that compete for a place in a pack
+    mixture_slack: int = 4             # records a group may run ahead of its weight to fill a pack
+    patience: int = 8                  # packs that may pass over a record before it opens one
+
+    vae_transform: ImageTransform = ImageTransform(stride=16, max_size=1024, min_size=512)
+    vit_transform: ImageTransform = ImageTransform(stride=14, max_size=980, min_size=378)
+    latent_patch: int = PIXELS_PER_TOKEN  # pixels a side of a latent token
+    vit_patch: int = 14                # pixels a side of a ViT patch
+    max_latent_size: int = 64          # side of the latent position table, in tokens
+    vit_max_side: int = 70             # side of the ViT position table, in patches
+
+    text_dropout: float = 0.0          # probability that a text vanishes (loss-bearing text too)
+    vit_dropout: float = 0.0           # probability that a ViT condition is dropped
+    vae_dropout: float = 0.3           # probability that a clean VAE condition is dropped
+    ce_reweight: bool = False          # weight a text's tokens by 1 / sqrt(its loss tokens)
+
+    unknown_role: Literal["error", "ignore"] = "error"  # turns that are not user or assistant
+    max_bad_records: int = 0           # records that may be left out, each named; 0 stops at once
+    max_text_chars: int = 65_536       # of one text part
+    max_image_bytes: int = 32 * 2**20  # of one encoded image
+    max_image_pixels: int = 2**25      # width * height of one image, checked before decoding
+
+    read_threads: int = 4              # threads that decode and assemble packs ahead of the step
+    prefetch: int = 4                  # batches of this process held ready
+    cache_mib: int = 256               # of parquet row groups kept in memory, for each group
+    index_dir: str = ""                # keeps cost tables and plan between runs; "" for nowhere
+
+    def __post_init__(self):
+        _require_positive(self, (
+            "packs_per_step", "text_tokens", "max_tokens_per_record", "lookahead", "patience",
+            "latent_patch", "vit_patch", "max_latent_size", "vit_max_side", "max_text_chars",
+            "max_image_bytes", "max_image_pixels", "read_threads", "prefetch", "cache_mib"))
+        for name in ("vit_tokens", "latent_tokens", "images", "mixture_slack", "max_bad_records",
+                     "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability is in [0, 1]")
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"groups are {names}; name at least one group, and each once")
+        for transform, patch in (("vae_transform", "latent_patch"), ("vit_transform", "vit_patch")):
+            if getattr(self, transform).stride % getattr(self, patch):
+                raise ValueError(f"{transform}.stride must be a multiple of {patch}")
+
+
+def load_config(path: str, *, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Runs `get_config()` of a config file; `file.py:arg` calls `get_config(arg)`.
+
+    Args:
+        path: a Python file.
+        overrides: dotted field name -> value; the field must exist.
+    Returns: an ml_collections.ConfigDict.
+    Raises: ValueError if the file is missing, has no get_config, or an override names no field.
+    """
+    file, separator, argument = path.partition(".py:")
+    file = file + ".py" if separator else file
+    if not os.path.isfile(file):
+        raise ValueError(f"config file {file!r} does not exist")
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"config file {file!r} defines no get_config()")
+    config = module.get_config(argument) if separator else module.get_config()
+    for name, value in (overrides or {}).items():
+        _override(config, name, value)
+    return config
+
+
+def from_config_dict(cls: type[T], config: Any, path: str = "") -> T:
+    """Converts a ConfigDict or dict to the frozen dataclass `cls`, nested ones included.
+
+    Args:
+        cls: a dataclass; fields may be bool, int, float, str, Literal, Optional, tuple, dict or
+            dataclasses. A tuple of dataclasses that have a `name` may also be written as a mapping
+            from name to the other fields, so that one of them can be overridden by name.
+        config: the values; absent fields take the dataclass defaults.
+        path: dotted path of `config` in the whole configuration, for messages.
+    Raises: ValueError naming the full path of an unknown, missing, mistyped or invalid field.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = _items(config, path)
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"unknown config field {_join(path, key)!r}{_nearest(key, fields)}")
+    required = [name for name, field in fields.items() if name not in values
+                and field.default is field.default_factory is dataclasses.MISSING]
+    if required:
+        raise ValueError(f"config field {_join(path, required[0])!r} is missing and has no default")
+    converted = {key: _convert(hints[key], value, _join(path, key))
+                 for key, value in values.items()}
+    try:
+        return cls(**converted)
+    except ValueError as error:
+        raise ValueError(f"config {path or cls.__name__}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type, or a ValueError that names `path`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"config field {path!r} is {value!r}; use one of {list(arguments)}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        if len(options) != 1:
+            raise TypeError(f"{path}: unions other than Optional are not supported")
+        return _convert(options[0], value, path)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_config_dict(hint, value, path)
+    if origin is dict:
+        return {key: _convert(arguments[1], item, _join(path, key))
+                for key, item in _items(value, path).items()}
+    if origin is tuple:
+        return _convert_tuple(arguments, value, path)
+    return _convert_scalar(hint, value, path)
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if _is_mapping(value) and dataclasses.is_dataclass(arguments[0]):
+        return tuple(from_config_dict(arguments[0], {"name": key, **_items(item, _join(path, key))},
+                                      _join(path, key))
+                     for key, item in _items(value, path).items())
+    if not isinstance(value, (tuple, list)):
+        raise ValueError(f"config field {path!r} is {value!r}; expected a tuple")
+    variadic = arguments[-1] is Ellipsis
+    if not variadic and len(value) != len(arguments):
+        raise ValueError(f"config field {path!r} has {len(value)} entries; "
+                         f"expected {len(arguments)}")
+    hints = [arguments[0]] * len(value) if variadic else arguments
+    return tuple(_convert(hint, item, f"{path}[{i}]")
+                 for i, (hint, item) in enumerate(zip(hints, value)))
+
+
+def _convert_scalar(hint: type, value: Any, path: str) -> Any:
+    # bool is an int in Python; a config that says True where a number belongs is a mistake.
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and is_number:
+        return float(value)
+    if isinstance(value, hint) and (hint is not int or is_number):
+        return value
+    raise ValueError(f"config field {path!r} is {value!r} ({type(value).__name__}); "
+                     f"expected {hint.__name__}")
+
+
+def _override(config: Any, name: str, value: Any) -> None:
+    *parents, leaf = name.split(".")
+    for i, key in enumerate([*parents, leaf]):
+        if not _is_mapping(config) or key not in config:
+            known = list(config) if _is_mapping(config) else []
+            place = ".".join([*parents, leaf][:i + 1])
+            raise ValueError(f"unknown config field {place!r}{_nearest(key, known)}")
+        if i < len(parents):
+            config = config[key]
+    config[leaf] = value
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, (Mapping, ml_collections.ConfigDict))
+
+
+def _items(config: Any, path: str) -> dict[str, Any]:
+    if not _is_mapping(config):
+        raise ValueError(f"config field {path!r} is {config!r}; expected fields and values")
+    return {key: config[key] for key in config}
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known fields: {', '.join(known)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildConfig:
+    """A data set to be generated: how many records of which modes."""
+
+    counts: dict[str, int]          # records of each mode
+    seed: int = 0
+    side: int = 64                  # pixels of the square images
+    num_heldout_prompts: int = 300
+    rows_per_file: int = 1000
+    rows_per_group: int = 16        # small row groups keep random access cheap
+
+    def __post_init__(self):
+        _require_positive(self, ("side", "rows_per_file", "rows_per_group"))
+        if not self.counts or min(self.counts.values()) <= 0:
+            raise ValueError(f"counts are {self.counts}; name at least one mode, each with a "
+                             "positive count")
+        if self.num_heldout_prompts < 0 or self.seed < 0:
+            raise ValueError("num_heldout_prompts and seed cannot be negative")

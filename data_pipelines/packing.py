@@ -1,0 +1,142 @@
+"""Samples become one pack: three streams and the integer rows that say how tokens belong together.
+
+The layout and every row are defined in `batch.py`; `planning.py` decides who goes into which pack.
+Arrays here are those of a single pack, without the leading B axis.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from data_pipelines.batch import PackedBatch, Rows, padding_rows
+from data_pipelines.config import DataConfig
+from data_pipelines.images import grid_position, patchify
+from data_pipelines.samples import Gap, Item, Text, VAEImage, ViTImage
+from data_pipelines.tokenizer import Tokenizer
+
+
+def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
+             tokenizer: Tokenizer) -> PackedBatch:
+    """Lays samples one after the other into the streams of one pack.
+
+    Args:
+        samples: each a sequence of items; together within the budgets of `config`.
+        tokenizer: gives the ids of the four control tokens.
+    Returns: a PackedBatch of numpy arrays without the B axis.
+    Source: `pack_sequence` of BAGEL's data/dataset_base.py.
+    """
+    writer = _Writer(config, tokenizer)
+    for sample in samples:
+        writer.add(sample)
+    return writer.batch
+
+
+def empty_pack(config: DataConfig) -> PackedBatch:
+    """One pack of nothing but padding, to be filled in place."""
+    num_text, num_vit = config.text_tokens, config.vit_tokens
+    num_latent, num_images = config.latent_tokens, config.images
+    return PackedBatch(
+        text_ids=np.zeros(num_text, np.int32),
+        text_target=np.zeros(num_text, np.int32),
+        text_weight=np.zeros(num_text, np.float32),
+        text_rows=padding_rows((num_text,)),
+        vit_patches=np.zeros((num_vit, config.vit_patch**2 * 3), np.uint8),
+        vit_position=np.zeros(num_vit, np.int32),
+        vit_rows=padding_rows((num_vit,)),
+        latent_pixels=np.zeros((num_latent, config.latent_patch**2 * 3), np.uint8),
+        latent_position=np.zeros(num_latent, np.int32),
+        latent_image=np.full(num_latent, num_images, np.int32),
+        latent_weight=np.zeros(num_latent, np.float32),
+        latent_rows=padding_rows((num_latent,)),
+        image_start=np.zeros(num_images, np.int32),
+        image_height=np.zeros(num_images, np.int32),
+        image_width=np.zeros(num_images, np.int32),
+        image_timestep=np.full(num_images, -np.inf, np.float32))
+
+
+class _Writer:
+    """The cursors of a pack being written; `first` and `rope` are those of the current sample."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        self.batch = empty_pack(config)
+        self._config, self._tokenizer = config, tokenizer
+        self._text = self._vit = self._latent = self._image = 0
+        self._order = self._first = self._rope = 0
+
+    def add(self, sample: Iterable[Item]) -> None:
+        self._first, self._rope = self._order, 0
+        for item in sample:
+            match item:
+                case Text():
+                    self._add_text(item)
+                case ViTImage():
+                    self._add_vit(item)
+                case VAEImage():
+                    self._add_vae(item)
+                case Gap():
+                    self._rope += 1
+
+    def _add_text(self, item: Text) -> None:
+        ids = [self._tokenizer.bos, *item.ids, self._tokenizer.eos]
+        where = self._take_text(len(ids))
+        self.batch.text_ids[where] = ids
+        if item.loss:
+            # Every position but the last predicts its successor; nothing follows the end token.
+            learned = slice(where.start, where.stop - 1)
+            self.batch.text_target[learned] = ids[1:]
+            self.batch.text_weight[learned] = (
+                (len(ids) - 1)**-0.5 if self._config.ce_reweight else 1.0)
+        steps = np.arange(len(ids), dtype=np.int32)
+        order = self._order + steps
+        _set(self.batch.text_rows, where, Rows(
+            order=order, first=self._first, span=order, last=order, noised=False,
+            rope=self._rope + steps))
+        self._order += len(ids)
+        self._rope += len(ids)
+
+    def _add_vit(self, item: ViTImage) -> None:
+        patch = self._config.vit_patch
+        height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
+        where = slice(self._vit, self._vit + height * width)
+        self._vit = where.stop
+        self.batch.vit_patches[where] = patchify(item.image, patch)
+        self.batch.vit_position[where] = grid_position(height, width, self._config.vit_max_side)
+        self._add_block(self.batch.vit_rows, where, noised=False)
+
+    def _add_vae(self, item: VAEImage) -> None:
+        batch, patch, slot = self.batch, self._config.latent_patch, self._image
+        height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
+        where = slice(self._latent, self._latent + height * width)
+        self._latent, self._image = where.stop, slot + 1
+        batch.latent_pixels[where] = patchify(item.image, patch)
+        batch.latent_position[where] = grid_position(height, width, self._config.max_latent_size)
+        batch.latent_image[where] = slot
+        batch.latent_weight[where] = item.noised
+        batch.image_start[slot] = where.start
+        batch.image_height[slot], batch.image_width[slot] = height, width
+        batch.image_timestep[slot] = item.timestep if item.noised else -np.inf
+        self._add_block(batch.latent_rows, where, noised=item.noised)
+
+    def _add_block(self, rows: Rows, where: slice, *, noised: bool) -> None:
+        """The rows of one image: start bracket, its tokens in their own stream, end bracket."""
+        count = where.stop - where.start
+        start, last = self._order, self._order + count + 1
+        block = Rows(order=None, first=self._first, span=start, last=last, noised=noised,
+                     rope=self._rope)
+        brackets = self._take_text(2)
+        self.batch.text_ids[brackets] = (self._tokenizer.start_of_image,
+                                         self._tokenizer.end_of_image)
+        _set(self.batch.text_rows, brackets, block._replace(order=(start, last)))
+        _set(rows, where, block._replace(order=np.arange(start + 1, last)))
+        self._order = last + 1
+        self._rope += not noised  # what follows a noised image never sees it, nor its position
+
+    def _take_text(self, count: int) -> slice:
+        where = slice(self._text, self._text + count)
+        self._text = where.stop
+        return where
+
+
+def _set(rows: Rows, where: slice, values: Rows) -> None:
+    for row, value in zip(rows, values, strict=True):
+        row[where] = value

@@ -1,0 +1,142 @@
+"""One `conversation` as released, read strictly.
+
+    [{"role": "user", "content": "two red circles"},
+     {"role": "assistant", "content": [
+         {"type": "text", "content": "Plan: ...", "need_loss": true},
+         {"type": "image", "content": "<base64>", "need_loss": true}]}]
+
+becomes a flat `Record` of parts. A record that cannot be read whole is refused by file, row, turn
+and part: the original skips what it does not know, and trains on the rest.
+"""
+
+import base64
+import binascii
+import json
+from typing import Any, Literal, NamedTuple
+
+
+class TextPart(NamedTuple):
+    """A text; `need_loss` makes its tokens and its end token targets."""
+
+    text: str
+    need_loss: bool
+    place: str
+
+
+class ImagePart(NamedTuple):
+    """An encoded image; the flags say how it enters: noised VAE, clean VAE, ViT, in this order."""
+
+    data: bytes
+    need_loss: bool
+    need_vae: bool
+    need_vit: bool
+    place: str
+
+
+class Record(NamedTuple):
+    """The parts of a conversation in order, its mode, and where it came from."""
+
+    parts: tuple[TextPart | ImagePart, ...]
+    mode: str
+    place: str
+
+
+class Limits(NamedTuple):
+    """What a reader accepts; see the fields of the same meaning in `DataConfig`."""
+
+    unknown_role: Literal["error", "ignore"] = "error"
+    max_text_chars: int = 65_536
+    max_image_bytes: int = 32 * 2**20
+
+
+def parse_conversation(text: str, *, mode: str, place: str, limits: Limits = Limits()) -> Record:
+    """Reads the JSON of one conversation.
+
+    Flags that are absent take the released defaults: a user's text carries no loss, an assistant's
+    text does, and all three flags of an image are false.
+
+    Args:
+        text: JSON list of turns.
+        mode: the learning mode, kept in the record.
+        place: file and row, for messages.
+    Raises: ValueError naming place, turn and part.
+    Source: format of IRG's data/interleave_datasets/multi_think_interleave_t2i_dataset.py.
+    """
+    try:
+        turns = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: the conversation is not JSON ({error})") from error
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{place}: the conversation must be a list of at least one turn")
+    parts = []
+    for i, turn in enumerate(turns):
+        parts += _parse_turn(turn, f"{place}, turn {i}", limits)
+    return Record(tuple(parts), mode, place)
+
+
+def _parse_turn(turn: Any, place: str, limits: Limits) -> list[TextPart | ImagePart]:
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        raise ValueError(f"{place}: a turn must be an object with a role and a content")
+    role, content = turn["role"], turn["content"]
+    if role == "user":
+        if not isinstance(content, str):
+            raise ValueError(f"{place}: a user's content must be a string, not "
+                             f"{type(content).__name__}; images go into an assistant's list")
+        return [_parse_text(turn, False, place, limits)]
+    if role == "assistant":
+        if not isinstance(content, list):
+            raise ValueError(f"{place}: an assistant's content must be a list of parts, not "
+                             f"{type(content).__name__}")
+        return [_parse_part(part, f"{place}, part {i}", limits) for i, part in enumerate(content)]
+    if limits.unknown_role == "ignore":
+        return []
+    raise ValueError(f"{place}: unknown role {role!r}; use user or assistant, or set unknown_role "
+                     "to 'ignore' to leave such turns out")
+
+
+def _parse_part(part: Any, place: str, limits: Limits) -> TextPart | ImagePart:
+    if not isinstance(part, dict) or "type" not in part or "content" not in part:
+        raise ValueError(f"{place}: a part must be an object with a type and a content")
+    if part["type"] == "text":
+        return _parse_text(part, True, place, limits)
+    if part["type"] == "image":
+        return _parse_image(part, place, limits)
+    raise ValueError(f"{place}: unknown part type {part['type']!r}; use text or image")
+
+
+def _parse_text(part: dict[str, Any], need_loss: bool, place: str, limits: Limits) -> TextPart:
+    text = part["content"]
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: a text's content must be a string, not {type(text).__name__}")
+    if len(text) > limits.max_text_chars:
+        raise ValueError(f"{place}: text of {len(text)} characters is over max_text_chars "
+                         f"{limits.max_text_chars}")
+    return TextPart(text, _flags(part, place, need_loss=need_loss)["need_loss"], place)
+
+
+def _parse_image(part: dict[str, Any], place: str, limits: Limits) -> ImagePart:
+    content = part["content"]
+    if not isinstance(content, str):
+        raise ValueError(f"{place}: an image's content must be a base64 string, not "
+                         f"{type(content).__name__}")
+    if len(content) > limits.max_image_bytes * 4 // 3 + 4:
+        raise ValueError(f"{place}: encoded image of about {len(content) * 3 // 4} bytes is over "
+                         f"max_image_bytes {limits.max_image_bytes}")
+    try:
+        data = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{place}: the image is not base64 ({error})") from error
+    flags = _flags(part, place, need_loss=False, need_vae=False, need_vit=False)
+    return ImagePart(data, place=place, **flags)
+
+
+def _flags(part: dict[str, Any], place: str, **defaults: bool) -> dict[str, bool]:
+    # A misspelt flag would silently change what is learned, so the whole need_ namespace is ours.
+    for key in part:
+        if key.startswith("need_") and key not in defaults:
+            raise ValueError(f"{place}: unknown flag {key!r}; use {', '.join(defaults)}")
+    flags = {name: part.get(name, default) for name, default in defaults.items()}
+    for name, value in flags.items():
+        if value not in (True, False):
+            raise ValueError(f"{place}: {name} is {value!r}; use true or false")
+    return {name: bool(value) for name, value in flags.items()}

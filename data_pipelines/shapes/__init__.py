@@ -1,0 +1,1 @@
+"""shapes: the miniature's world. Scenes, their pictures, the words about them, and their judge."""

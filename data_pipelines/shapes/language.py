@@ -1,0 +1,214 @@
+"""The words: prompts, plans, descriptions, reflections and questions, in one small vocabulary.
+
+A tiny tokenizer is trained on these texts, so they stay short, plain and in lower case. Only the
+three headings of a reflection have capitals, as in the method's own template.
+"""
+
+import numpy as np
+
+from data_pipelines.shapes.flaws import Flaw
+from data_pipelines.shapes.sample import pick
+from data_pipelines.shapes.scene import (
+    COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural)
+
+SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and improve it."
+HOW_TO_THINK = "how should one think about the prompt before drawing this picture?"
+HOW_TO_IMPROVE = "how should one improve the first picture to get the second one?"
+
+HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
+NUMBERS = ("none", "one", "two", "three", "four", "five")
+SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
+MAX_REFLECTION = 60  # words; where they allow it, the final prompt also names the background
+
+OPENINGS = (
+    "{}", "{}", "just {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}",
+    "a scene with {}", "a simple picture of {}", "a clean image of {}", "a picture that shows {}",
+    "an image where we see {}", "draw {}", "please draw {}", "can you draw {}?", "paint {}",
+    "show {}", "show me {}", "make a picture of {}", "please make an image with {}",
+    "create an image with {}", "generate an image of {}", "i want to see {}",
+    "i would like a picture with {}",
+)
+JOINS = ("{} and {}", "{} and {}", "{} and also {}", "{} with {}", "{} together with {}",
+         "both {} and {}")
+RELATION_WORDS = {
+    "left of": ("{} left of {}", "{} to the left of {}", "{} on the left side of {}"),
+    "right of": ("{} right of {}", "{} to the right of {}", "{} on the right side of {}"),
+    "above": ("{} above {}", "{} over {}", "{} higher than {}"),
+    "below": ("{} below {}", "{} under {}", "{} lower than {}"),
+}
+BACKGROUND_WORDS = ("{} on a {} background", "{} with a {} background", "{}, on {}",
+                    "{}. the background is {}")
+
+
+def prompt(rng: np.random.Generator, request: Request) -> str:
+    """What a user might type for the request."""
+    text = pick(rng, OPENINGS).format(_ask(rng, request))
+    if not request.background:
+        return text
+    if text.endswith("?"):
+        return f"{text[:-1]} on a {request.background} background?"
+    return pick(rng, BACKGROUND_WORDS).format(text, request.background)
+
+
+def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
+    """The plan before drawing, in think tags: what, which colour, where. At most 30 words."""
+    few = len(scene.things) <= 2
+    items = [f"{_look(thing, full=few)} at {where(thing)}" for thing in scene.things]
+    if request.relation and few:
+        items[0] += f", {request.relation} the {scene.things[1].shape}"
+    opening = pick(rng, ("plan:", "i plan:", "the picture needs:", "i will draw:"))
+    return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")
+
+
+def describe(rng: np.random.Generator, scene: Scene) -> str:
+    """What the picture shows, in at most 14 words: how the base model thinks."""
+    kinds: dict[tuple[str, str], int] = {}
+    for thing in scene.things:
+        kinds[thing.colour, thing.shape] = kinds.get((thing.colour, thing.shape), 0) + 1
+    names = [_counted(count, colour, shape) for (colour, shape), count in kinds.items()]
+    text = _listed(names)
+    if len(names) <= 2 and rng.random() < 0.5:
+        text += f" on {scene.background}"
+    return f"{text}."
+
+
+def reflect(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, flawed: Scene,
+            right: Scene) -> str:
+    """The look back, in think tags: what is wrong, then the three headed parts. At most 60 words.
+
+    Without a flaw it says so and asks for the same picture.
+    """
+    problem, need, step = _remedy(request, flaw, flawed, right) if flaw else _PRAISE
+    opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
+                         "look again:")) if flaw else "looking again,"
+    keep = pick(rng, ("keep all the rest.", "keep everything else.", "leave the rest."))
+    first, second, third = HEADINGS
+    text = (f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}. {keep}\n{third}\n"
+            f"{_ask(None, request)}")
+    background = f" on a {right.background} background"
+    fits = len(text.split()) + len(background.split()) <= MAX_REFLECTION
+    return tagged(f"{text}{background if fits else ''}.")
+
+
+_PRAISE = ("the image shows all that the prompt asks for", "no change is needed",
+           "draw the same picture again")
+
+
+def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """A question about the picture and its answer: what, how many, which colour, where."""
+    thing = pick(rng, scene.things)
+    same = [other for other in scene.things if other.shape == thing.shape]
+    match rng.integers(6):
+        case 0:
+            return pick(rng, ("what is in the picture?", "what does the image show?")), describe(
+                rng, scene)
+        case 1:
+            shape = thing.shape if rng.random() < 0.7 else pick(rng, SHAPES)
+            count = sum(other.shape == shape for other in scene.things)
+            return f"how many {plural(shape, 2)} are there?", f"{NUMBERS[count]}."
+        case 2 if len(same) == 1:
+            return f"what is the colour of the {thing.shape}?", f"{thing.colour}."
+        case 3 if len(same) == 1:
+            return f"where is the {thing.shape}?", f"at the {where(thing)}."
+        case 4:
+            colour = thing.colour if rng.random() < 0.5 else pick(rng, COLOURS)
+            seen = any(other.colour == colour for other in same)
+            return f"is there {_counted(1, colour, thing.shape)}?", "yes." if seen else "no."
+        case 5:
+            return "what is the colour of the background?", f"{scene.background}."
+    return "how many things are there?", f"{NUMBERS[len(scene.things)]}."
+
+
+def tagged(text: str) -> str:
+    """A thought as the model writes it."""
+    return f"<think>{text}</think>"
+
+
+def where(thing: Thing) -> str:
+    """The place of a thing in a grid of three by three, for example "top left"."""
+    row = "top" if thing.y < 0.4 else "bottom" if thing.y > 0.6 else ""
+    column = "left" if thing.x < 0.4 else "right" if thing.x > 0.6 else ""
+    return f"{row} {column}".strip() or "middle"
+
+
+def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[str, str, str]:
+    """(what is wrong, what must be, what to do) of one flaw."""
+    seen, wanted = [thing.shape for thing in flaw.seen], [thing.shape for thing in flaw.wanted]
+    at = [f"the {_name(thing)} at the {where(thing)}" for thing in flaw.seen]
+    match flaw.kind:
+        case "missing":
+            goals = " and ".join(f"{_counted(1, thing.colour, thing.shape)} at the {where(thing)}"
+                                 for thing in flaw.wanted)
+            verb = "is" if len(wanted) == 1 else "are"
+            names = _listed([_counted(1, shape) for shape in wanted])
+            return f"{names} {verb} missing", "the picture must have all things", f"draw {goals}"
+        case "extra":
+            many = "is one thing" if len(seen) == 1 else f"are {NUMBERS[len(seen)]} things"
+            count = len(right.things)
+            return (f"there {many} too many",
+                    f"there must be {NUMBERS[count]} {plural(right.things[0].shape, count)}",
+                    f"remove {' and '.join(at)}")
+        case "background":
+            return (f"the background is {flawed.background}",
+                    f"the background must be {right.background}",
+                    f"paint the background {right.background}")
+        case "place":
+            one, other = wanted
+            return (f"the {one} is on the wrong side of the {other}",
+                    f"the {one} must be {request.relation} the {other}",
+                    f"swap {at[0]} with {at[1]}")
+        case "shape":
+            return (f"there is a {seen[0]} that should be a {wanted[0]}",
+                    f"the {seen[0]} must become a {wanted[0]}", f"turn {at[0]} into a {wanted[0]}")
+        case "colour":
+            colour = flaw.wanted[0].colour
+            return (f"a {seen[0]} is {flaw.seen[0].colour}", f"the {seen[0]} must be {colour}",
+                    f"paint {at[0]} {colour}")
+        case "texture":
+            texture = flaw.wanted[0].texture
+            return (f"a {seen[0]} is {flaw.seen[0].texture}", f"the {seen[0]} must be {texture}",
+                    f"make {at[0]} {texture}")
+        case "size":
+            is_large = flaw.seen[0].size > flaw.wanted[0].size
+            wrong, fix = ("large", "smaller") if is_large else ("small", "larger")
+            return (f"a {seen[0]} is too {wrong}", f"the {seen[0]} must be {fix}",
+                    f"make {at[0]} {fix}")
+    raise ValueError(f"flaw.kind is {flaw.kind!r}: see Flaw for the kinds")
+
+
+def _ask(rng: np.random.Generator | None, request: Request) -> str:
+    """The request as a noun phrase; in its plainest words without an rng."""
+    names = [_group(rng, group) for group in request.groups]
+    if len(names) == 1:
+        return names[0]
+    forms = RELATION_WORDS[request.relation] if request.relation else JOINS
+    return (pick(rng, forms) if rng else forms[0]).format(*names)
+
+
+def _group(rng: np.random.Generator | None, group: Group) -> str:
+    size = pick(rng, SYNONYMS[group.size]) if rng and group.size else group.size
+    words = [word for word in (size, group.texture, group.colour) if word]
+    return _counted(group.count, *words, group.shape)
+
+
+def _counted(count: int, *words: str) -> str:
+    """("one", "orange", "ring") as "an orange ring", or with a number and a plural."""
+    phrase = " ".join((*words[:-1], plural(words[-1], count)))
+    if count > 1:
+        return f"{NUMBERS[count]} {phrase}"
+    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+
+
+def _look(thing: Thing, *, full: bool) -> str:
+    size = next((size for size in SIZES if has_size(size, thing.size)), None) if full else None
+    texture = thing.texture if thing.texture != "plain" else None
+    return " ".join(word for word in (size, texture, thing.colour, thing.shape) if word)
+
+
+def _name(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def _listed(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

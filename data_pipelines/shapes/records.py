@@ -1,0 +1,189 @@
+"""Conversations in the released format: the six learning modes of IRGL, and the base model's modes.
+
+A record is a list of turns. A user turn holds a string; an assistant turn holds a list of parts,
+texts or images (base64 PNG), each saying whether it carries loss and how an image is looked at.
+`*` marks what carries loss; a conditioning image enters as clean VAE latents and then ViT patches.
+
+    initial_thinking_understanding    system, prompt, image, question, think1*
+    initial_thinking_generation       system, prompt, think1*
+    initial_full                      system, prompt, think1*, image1*
+    improving_thinking_understanding  system, prompt, image1, image2, question, think2*
+    improving_thinking_generation     system, prompt, think1, image1, think2*
+    improving_full                    system, prompt, think1, image1, think2*, image2*
+
+    text_to_image                     prompt, image*
+    understanding                     image (ViT only), question, answer*
+    description                       system, prompt, describe*, image*
+"""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.shapes import language
+from data_pipelines.shapes.flaws import Flaw, make_flawed
+from data_pipelines.shapes.render import render
+from data_pipelines.shapes.sample import sample_request, sample_scene
+from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
+
+MODES = (
+    "initial_thinking_understanding",
+    "initial_thinking_generation",
+    "initial_full",
+    "improving_thinking_understanding",
+    "improving_thinking_generation",
+    "improving_full",
+)
+BASE_MODES = ("text_to_image", "understanding", "description")
+
+# A model that only ever saw flaws would find one in every picture and spoil the good ones.
+FLAWLESS_SHARE = 0.25
+
+Turn = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """All that one record is told from; without a flaw `flawed` is the right scene itself."""
+
+    request: Request
+    prompt: str
+    right: Scene
+    flawed: Scene
+    flaw: Flaw | None
+
+
+def record(
+    mode: str, rng: np.random.Generator, *, split: str = "train", side: int = 64
+) -> list[Turn]:
+    """One conversation of the mode, ready for `json.dumps`.
+
+    Raises ValueError for a mode that is neither in MODES nor in BASE_MODES, or an unknown split.
+    """
+    if mode not in MODES + BASE_MODES:
+        raise ValueError(f"mode is {mode!r}: choose one of {', '.join(MODES + BASE_MODES)}")
+    story = _sample_story(rng, split)
+    if mode in BASE_MODES:
+        return _base_record(mode, rng, story, side)
+    opening = [_user(language.SYSTEM_PROMPT), _user(story.prompt)]
+    if mode.startswith("initial"):
+        return opening + _initial_turns(mode, rng, story, side)
+    return opening + _improving_turns(mode, rng, story, side)
+
+
+def generator(seed: int, mode: str, index: int) -> np.random.Generator:
+    """The random numbers of record `index` of a mode: the same on every machine, in any order."""
+    digest = hashlib.sha256(f"shapes/{seed}/{mode}/{index}".encode()).digest()
+    return np.random.default_rng(np.random.SeedSequence(int.from_bytes(digest[:16], "big")))
+
+
+def heldout_prompts(num: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """`num` test prompts, the six categories in turn, no two with the same request.
+
+    Each is {"id", "category", "prompt", "request"}; `Request.from_json` reads the last.
+    Raises ValueError if there are not so many different requests.
+    """
+    prompts, seen = [], set()
+    for index in range(num):
+        rng = generator(seed, "heldout", index)
+        category = CATEGORIES[index % len(CATEGORIES)]
+        for _ in range(1000):
+            request = sample_request(rng, split="heldout", category=category)
+            if (key := json.dumps(request.to_json())) not in seen:
+                break
+        else:
+            raise ValueError(f"num is {num}: there are only {index // len(CATEGORIES)} held-out "
+                             f"requests of category {category}, choose a smaller number")
+        seen.add(key)
+        prompts.append({"id": f"{index:05d}", "category": category,
+                        "prompt": language.prompt(rng, request), "request": request.to_json()})
+    return prompts
+
+
+def _sample_story(rng: np.random.Generator, split: str) -> Story:
+    request = sample_request(rng, split=split)
+    right = sample_scene(rng, request, split=split)
+    flawed, flaw = right, None
+    if rng.random() >= FLAWLESS_SHARE:
+        flawed, flaw = make_flawed(rng, request, right, split=split)
+    return Story(request, language.prompt(rng, request), right, flawed, flaw)
+
+
+def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+    plan = _text(language.think(rng, story.request, story.right))
+    match mode:
+        case "initial_thinking_understanding":
+            return [_assistant(_seen(story.right, side)), _user(language.HOW_TO_THINK),
+                    _assistant(plan)]
+        case "initial_thinking_generation":
+            return [_assistant(plan)]
+        case "initial_full":
+            return [_assistant(plan, _drawn(story.right, side))]
+    raise AssertionError(mode)
+
+
+def _improving_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+    plan = _text(language.think(rng, story.request, story.right), need_loss=False)
+    reflection = _text(language.reflect(
+        rng, story.request, flaw=story.flaw, flawed=story.flawed, right=story.right))
+    first = _seen(story.flawed, side)
+    match mode:
+        case "improving_thinking_understanding":
+            return [_assistant(first, _seen(story.right, side)), _user(language.HOW_TO_IMPROVE),
+                    _assistant(reflection)]
+        case "improving_thinking_generation":
+            return [_assistant(plan, first, reflection)]
+        case "improving_full":
+            return [_assistant(plan, first, reflection, _drawn(story.right, side))]
+    raise AssertionError(mode)
+
+
+def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+    match mode:
+        case "text_to_image":
+            return [_user(story.prompt), _assistant(_drawn(story.right, side))]
+        case "understanding":
+            asked, answer = language.question(rng, story.flawed)
+            return [_assistant(_image(story.flawed, side, need_vit=True)), _user(asked),
+                    _assistant(_text(answer))]
+        case "description":
+            thought = language.tagged(language.describe(rng, story.right))
+            return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
+                    _assistant(_text(thought), _drawn(story.right, side))]
+    raise AssertionError(mode)
+
+
+def _user(content: str) -> Turn:
+    return {"role": "user", "content": content}
+
+
+def _assistant(*parts: dict[str, Any]) -> Turn:
+    return {"role": "assistant", "content": list(parts)}
+
+
+def _text(content: str, *, need_loss: bool = True) -> dict[str, Any]:
+    return {"type": "text", "content": content, "need_loss": need_loss}
+
+
+def _seen(scene: Scene, side: int) -> dict[str, Any]:
+    """A conditioning image."""
+    return _image(scene, side, need_vae=True, need_vit=True)
+
+
+def _drawn(scene: Scene, side: int) -> dict[str, Any]:
+    """An image to be generated."""
+    return _image(scene, side, need_loss=True)
+
+
+def _image(scene: Scene, side: int, *, need_loss: bool = False, need_vae: bool = False,
+           need_vit: bool = False) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(render(scene, side=side)).save(file, format="PNG")
+    return {"type": "image", "content": base64.b64encode(file.getvalue()).decode("ascii"),
+            "need_loss": need_loss, "need_vae": need_vae, "need_vit": need_vit}

@@ -1,0 +1,61 @@
+"""What a training run is made of: frozen dataclasses, filled once from a ConfigDict at the door."""
+
+import dataclasses
+
+from data_pipelines.config import DataConfig
+from irg_jax.models.config import ModelConfig
+from irg_jax.parallel.sharding import MeshConfig
+from irg_jax.training.losses import LossConfig
+from irg_jax.training.optimizer import OptimizerConfig
+from irg_jax.training.step import StepConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training. `python -m irg_jax.train --config FILE` fills it from `get_config()`."""
+
+    stage: str                       # folder of this stage below --workdir
+    init_from: str                   # a model checkpoint, or "<stage>:ema" of the same workdir
+    total_steps: int
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 42                   # noise of the flow and of the posterior
+    accumulate: int = 1              # parts that a step's packs are taken in
+    dtype: str = "bfloat16"          # of matmuls: "bfloat16" or "float32"
+    remat: bool = True               # recompute layers in the backward pass
+    save_every: int = 1000           # steps between checkpoints; the last step is always saved
+    keep: int = 2                    # checkpoints kept
+    log_every: int = 1               # steps between lines of metrics.jsonl
+
+    def __post_init__(self):
+        if not self.stage or "/" in self.stage or self.stage in (".", ".."):
+            raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        for name in ("total_steps", "save_every", "keep", "log_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.data.packs_per_step % self.accumulate:
+            raise ValueError(f"data.packs_per_step {self.data.packs_per_step} does not divide into "
+                             f"accumulate = {self.accumulate} parts")
+
+    def step_config(self) -> StepConfig:
+        return StepConfig(self.loss, self.optimizer, self.total_steps, self.seed,
+                          self.data.vae_transform.max_size // self.data.latent_patch,
+                          self.accumulate, self.dtype, self.remat)
+
+
+def check_model(data: DataConfig, model: ModelConfig) -> None:
+    """Raises ValueError, with every disagreement, if the batches do not fit the network."""
+    pairs = [("data.latent_patch", data.latent_patch, "pixels a latent token", model.pixels_per_token),
+             ("data.vit_patch", data.vit_patch, "vit_config.json patch_size", model.vit.patch_size),
+             ("data.max_latent_size", data.max_latent_size, "config.json max_latent_size",
+              model.max_latent_size),
+             ("data.vit_max_side", data.vit_max_side, "config.json vit_max_num_patch_per_side",
+              model.vit_max_num_patch_per_side)]
+    faults = [f"{name} is {value}, the checkpoint's {other} is {wanted}"
+              for name, value, other, wanted in pairs if value != wanted]
+    if faults:
+        raise ValueError("config and checkpoint disagree: " + "; ".join(faults))

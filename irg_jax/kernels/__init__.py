@@ -1,0 +1,1 @@
+"""Attention for the visibility rule of `data_pipelines.batch`."""

@@ -1,0 +1,1 @@
+"""The network: maths without I/O, written for one device."""

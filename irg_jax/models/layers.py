@@ -1,0 +1,115 @@
+"""Small parts shared by the networks.
+
+Axes: B packs, S tokens, D width, F output width, N heads, H head size.
+A parameter carries `axes`, the logical names of its dimensions; `parallel/sharding.py` maps those to a mesh.
+Parameters are float32; a layer computes in the dtype of its input, norms in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+Axes = tuple[str | None, ...]
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, stddev: float) -> nnx.Param:
+    """A normally distributed parameter with logical axis names."""
+    value = stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, axes=axes)
+
+
+def constant(shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
+    """A parameter that starts as one value, with logical axis names."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x kernel + bias, in the dtype of x."""
+
+    def __init__(self, d_in: int, d_out: int, axes: Axes, *, use_bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = param(rngs, (d_in, d_out), axes, 1 / math.sqrt(d_in))
+        self.bias = constant((d_out,), axes[1:], 0.0) if use_bias else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, computed in float32."""
+
+    def __init__(self, width: int, axes: Axes, *, eps: float):
+        self.scale = constant((width,), axes, 1.0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Zero mean, unit variance, scale and bias over the last axis, computed in float32."""
+
+    def __init__(self, width: int, axes: Axes, *, eps: float):
+        self.scale = constant((width,), axes, 1.0)
+        self.bias = constant((width,), axes, 0.0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def rotary_angles(
+    position: Int[Array, "B S"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B S 1 F"], Float[Array, "B S 1 F"]]:
+    """Cosine and sine of RoPE in float32: bf16 would round position 257 to 256."""
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = position.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float[Array, "B S N H"], angles: tuple[Float[Array, "B S 1 F"], Float[Array, "B S 1 F"]]
+) -> Float[Array, "B S N H"]:
+    """Turns the pairs (x[i], x[i + H/2]) by the angles, in float32 (Qwen2's half-split layout)."""
+    cos, sin = angles
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)
+
+
+def sincos_table(side: int, width: int) -> Float[np.ndarray, "positions width"]:
+    """Fixed 2-D position table: row r * side + c holds [sin c, cos c, sin r, cos r] at width/4 speeds.
+
+    Written from the formula (ViT's 2-D sine-cosine embedding, columns first); float64 until the end.
+    """
+    speed = 10000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
+    angle = np.arange(side, dtype=np.float64)[:, None] * speed
+    wave = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    rows, columns = np.divmod(np.arange(side * side), side)
+    return np.concatenate([wave[columns], wave[rows]], axis=1).astype(np.float32)
+
+
+class TimestepEmbedding(nnx.Module):
+    """t in [0, 1] -> 256 cosines and sines -> two linears with SiLU. Source: `TimestepEmbedder` of BAGEL."""
+
+    NUM_FREQUENCIES = 128
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.fc1 = Linear(2 * self.NUM_FREQUENCIES, width, (None, "embed"), rngs=rngs)
+        self.fc2 = Linear(width, width, ("embed", None), rngs=rngs)
+
+    def __call__(self, t: Float[Array, "B G"], dtype: DTypeLike) -> Float[Array, "B G D"]:
+        count = self.NUM_FREQUENCIES
+        frequency = jnp.exp(-math.log(10000.0) * jnp.arange(count, dtype=jnp.float32) / count)
+        angle = t.astype(jnp.float32)[..., None] * frequency
+        wave = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+        return self.fc2(jax.nn.silu(self.fc1(wave.astype(dtype))))

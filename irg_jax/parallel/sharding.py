@@ -1,0 +1,79 @@
+"""The mesh, and the one table that maps logical axes to its axes.
+
+`data` repeats parameters, `fsdp` splits them and the batch, `tensor` splits heads and MLPs (4 KV heads: 1, 2
+or 4), `context` splits long packs and, meanwhile, parameters.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis of a parameter -> mesh axes. A name that is missing here is a KeyError, on purpose.
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "layers": (),
+    "norm": (),                      # small vectors are replicated
+    "embed": ("fsdp", "context"),
+    "vit_embed": ("fsdp",),          # 1152 = 2^7 * 9: at most 128 ways, see `partition`
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (for one axis) takes what the others leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Raises ValueError if the axes do not multiply to the number of devices."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != len(devices):
+        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, "
+                         f"there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 4)
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Spec of one parameter. A dimension keeps the mesh axes, in order, that divide it evenly."""
+    spec = []
+    for name, size in zip(axes, shape, strict=True):
+        used = []
+        for axis in RULES[name]:
+            if size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in used)) == 0:
+                used.append(axis)
+        spec.append(tuple(used) or None)
+    return PartitionSpec(*spec)
+
+
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Trees of logical axes and of shapes (see `Functional`) -> tree of NamedSharding."""
+    return jax.tree.map(lambda shape, names: NamedSharding(mesh, partition(names, shape.shape, mesh)),
+                        shapes, axes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Packs are dealt over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

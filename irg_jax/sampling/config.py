@@ -1,0 +1,100 @@
+"""How to draw: the settings of a trajectory. Defaults are IRG's published ones."""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Literal
+
+from data_pipelines.config import ImageTransform
+
+KNOWN_SYSTEM_PROMPTS = {  # sha256 of the exact texts that released weights were trained with
+    "19ea075c43989cff7492cee55942e987e3f5cd84dab21db0b024d6d638323871": "IRG generation",
+    "837914a3f5f8ec1be30d2fdb68f4e494a3d4767056100a113c4109af5367d390": "BAGEL generation",
+    "5eff00888fdf6b912c3f9a80711933dd35cdd164d167cba6b2a5889c04d7b565": "BAGEL understanding",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """How one image is drawn. No guidance at all unless `cfg_text_scale` is over 1."""
+
+    num_timesteps: int = 50    # points from 1 to 0, both counted: one Euler step fewer
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 4.0
+    cfg_img_scale: float = 1.0
+    cfg_interval: tuple[float, float] = (0.4, 1.0)  # guided where low < t <= high, t shifted
+    cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
+    cfg_renorm_min: float = 0.0  # the lower clamp of the rescale; the upper is 1
+
+    def __post_init__(self):
+        if self.num_timesteps < 2 or self.timestep_shift <= 0:
+            raise ValueError(f"num_timesteps {self.num_timesteps} must be 2 or more and "
+                             f"timestep_shift {self.timestep_shift} positive")
+        if not 0 <= self.cfg_renorm_min <= 1:
+            raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must be in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How a text is written."""
+
+    max_length: int = 4096   # tokens, the opening one counted
+    temperature: float = 0.3
+    do_sample: bool = True   # False takes the likeliest token
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; it must be positive")
+        if self.do_sample and self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; use a positive one, or do_sample "
+                             "= False for the likeliest token")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """A trajectory: prompt, then in every turn a think text and an image."""
+
+    turn1: FlowConfig = FlowConfig()
+    turn2: FlowConfig = FlowConfig(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0),
+                                   cfg_renorm_type="text_channel")  # and every later turn
+    text: TextConfig = TextConfig()
+    height: int = 1024
+    width: int = 1024
+    num_turns: int = 2
+    system_prompt: str = ""    # text, or @file
+    vae_transform: ImageTransform = ImageTransform(stride=16, max_size=1024, min_size=512)
+    vit_transform: ImageTransform = ImageTransform(stride=14, max_size=980, min_size=224)
+    posterior: Literal["mean", "sample"] = "sample"  # of an image that is looked at
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    batch_size: int = 1
+    text_multiple: int = 64    # texts are padded to multiples of this many tokens, and
+    cache_multiple: int = 256  # contexts of this: fewer shapes, fewer compilations
+
+    def __post_init__(self):
+        for name in ("height", "width", "num_turns", "batch_size", "text_multiple",
+                     "cache_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    def flow(self, turn: int) -> FlowConfig:
+        """The settings of a turn, counted from 0."""
+        return self.turn1 if turn == 0 else self.turn2
+
+
+def load_system_prompt(text: str) -> str:
+    """The system prompt itself; "@file" names a UTF-8 file that holds it, to the last character.
+
+    Raises: ValueError if the file cannot be read.
+    """
+    if not text.startswith("@"):
+        return text
+    try:
+        return pathlib.Path(text[1:]).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"system_prompt {text!r}: the file cannot be read as text ({error})"
+                         ) from error
+
+
+def name_system_prompt(text: str) -> str | None:
+    """Which of the three published system prompts a text is; None for any other."""
+    return KNOWN_SYSTEM_PROMPTS.get(hashlib.sha256(text.encode("utf-8")).hexdigest())

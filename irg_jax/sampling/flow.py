@@ -1,0 +1,90 @@
+"""Draws an image after each of B contexts: Euler steps from noise, steered by guidance.
+
+Axes: B contexts, G latent tokens, C values of a latent token.
+Source: `generate_image` and `_forward_flow` of BAGEL's modeling/bagel/bagel.py.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from irg_jax.models.irg import IRG
+from irg_jax.sampling.cache import Context, join, predict_velocity
+from irg_jax.sampling.config import FlowConfig
+
+Velocity = Float[Array, "B G C"]
+
+
+class Branches(NamedTuple):
+    """The contexts of guidance: all there is, that without the text to follow, without images."""
+
+    main: Context
+    cfg_text: Context
+    cfg_img: Context
+
+
+def timesteps(config: FlowConfig) -> Float[np.ndarray, "N"]:
+    """Points from 1 to 0, denser near 1 the larger the shift: t' = s t / (1 + (s - 1) t)."""
+    t = np.linspace(1, 0, config.num_timesteps, dtype=np.float32)
+    shift = np.float32(config.timestep_shift)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
+                position: Int[Array, "G"], brackets: Int[Array, "2"], config: FlowConfig
+                ) -> Float[Array, "B G C"]:
+    """The latent at t = 0, in float32, after `num_timesteps - 1` Euler steps from `noise`.
+
+    Only the branches that a step needs are run, as one batch: which these are is known before
+    compiling, so the steps fall into a few scans, guided or not.
+    """
+    times = timesteps(config)
+    low, high = np.float32(config.cfg_interval)
+    is_guided = (times[:-1] > low) & (times[:-1] <= high) & (config.cfg_text_scale > 1)
+    guides = (branches.cfg_text, branches.cfg_img)[:1 + (config.cfg_img_scale > 1)]
+    latent, start = noise.astype(jnp.float32), 0
+    for guided, run in itertools.groupby(is_guided):
+        context = join((branches.main, *guides)) if guided else branches.main
+        copies = 1 + len(guides) if guided else 1
+
+        def step(latent, time_and_next, context=context, copies=copies):
+            time, following = time_and_next
+            velocity = predict_velocity(model, context, brackets, jnp.tile(latent, (copies, 1, 1)),
+                                        time, position)
+            velocity = guide(jnp.split(velocity, copies), config)
+            return latent - velocity * (time - following), None
+        stop = start + len(list(run))
+        latent, _ = jax.lax.scan(step, latent, (times[start:stop], times[start + 1:stop + 1]))
+        start = stop
+    return latent
+
+
+def guide(velocities: list[Velocity], config: FlowConfig) -> Velocity:
+    """One velocity of the branches': [main], [main, cfg_text] or [main, cfg_text, cfg_img].
+
+    Guidance makes velocities longer, which burns colours; the rescale brings the guided one back to
+    at most the length of the unguided. `text_channel` does so per token before image guidance,
+    `channel` per token and `global` per image after both.
+    """
+    main, *guides = velocities
+    if not guides:
+        return main
+    guided = guides[0] + config.cfg_text_scale * (main - guides[0])
+    by_text = config.cfg_renorm_type == "text_channel"
+    if by_text:
+        guided = _renorm(guided, main, -1, config.cfg_renorm_min)
+    if len(guides) > 1:
+        guided = guides[1] + config.cfg_img_scale * (guided - guides[1])
+    if by_text:
+        return guided
+    axes = (-2, -1) if config.cfg_renorm_type == "global" else -1
+    return _renorm(guided, main, axes, config.cfg_renorm_min)
+
+
+def _renorm(guided: Velocity, main: Velocity, axes, least: float) -> Velocity:
+    norm = lambda x: jnp.sqrt(jnp.sum(x * x, axes, keepdims=True))
+    return guided * jnp.clip(norm(main) / (norm(guided) + 1e-8), least, 1.0)

@@ -1,0 +1,208 @@
+"""The loop: restore, then fetch, step, log, save, until the last step or a signal.
+
+A stage folder RUN/<stage> holds `model.json`, `tokenizer.json` and `vae/` (what does not train),
+`checkpoints/`, `metrics.jsonl`, `tensorboard/` and `config.json`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tqdm
+
+from data_pipelines.batch import PackedBatch
+from data_pipelines.pipeline import make_iterator
+from irg_jax.checkpoints.bundle import Bundles
+from irg_jax.checkpoints.model import Model, load_model, load_stage_frozen, save_stage_frozen
+from irg_jax.config import TrainConfig, check_model
+from irg_jax.models.functional import Functional, Params
+from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from irg_jax.training.metrics import MetricWriter
+from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.step import TrainState, create_state, make_step
+
+
+class Interrupt:
+    """True once SIGTERM or SIGINT came: the loop then saves and ends."""
+
+    def __init__(self):
+        self._set = False
+
+    def __bool__(self) -> bool:
+        return self._set
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator["Interrupt"]:
+        def handler(number, frame):
+            self._set = True
+        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Shardings of everything the step touches."""
+
+    state: TrainState
+    vae: Any
+    batch: Any
+    scalar: Any
+
+
+def open_model(config: TrainConfig, workdir: pathlib.Path) -> Model:
+    """The weights a new stage starts from: a checkpoint, or the EMA of another stage of this workdir."""
+    source, separator, weights = config.init_from.partition(":")
+    if not separator:
+        return load_model(source)
+    if weights != "ema" or "/" in source:
+        raise ValueError(f"init_from is {config.init_from!r}; use a checkpoint's folder or '<stage>:ema'")
+    return load_model(workdir / source)
+
+
+def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
+    """Parameters, moments and EMA share one layout; counters are replicated."""
+    params = param_shardings(model.axes, model.shapes, mesh)
+    scalar = replicated(mesh)
+    abstract = jax.eval_shape(optimizer.init, model.shapes)
+    opt = optax.tree_map_params(optimizer, lambda _, sharding: sharding, abstract, params,
+                                transform_non_params=lambda _: scalar)
+    return Placement(TrainState(scalar, params, opt, params),
+                     param_shardings(vae.axes, vae.shapes, mesh), batch_sharding(mesh), scalar)
+
+
+class Trainer:
+    """One stage: what is compiled, what is carried, where it is written."""
+
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path):
+        self.config, self.folder = config, workdir / config.stage
+        self.bundles = Bundles(self.folder, keep=config.keep)
+        self.start = self.bundles.latest() or 0
+        source = load_stage_frozen(self.folder) if self.start else open_model(config, workdir)
+        check_model(config.data, source.config)
+        if source.tokenizer is None:
+            raise ValueError(f"{config.init_from} has no tokenizer.json; training needs one")
+        self.model = Functional(lambda rngs: IRG(source.config, rngs=rngs))
+        self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
+        self.mesh = make_mesh(config.mesh)
+        self.data = make_iterator(config.data, source.tokenizer, start=self.start,
+                                  process_index=jax.process_index(), process_count=jax.process_count())
+        self.optimizer = make_optimizer(config.optimizer, config.total_steps, self.model.shapes)
+        self.placement = place(self.model, self.vae, self.optimizer, self.mesh)
+        self.vae_params = jax.device_put(to_float32(source.vae), self.placement.vae)
+        self.state = self._restore() if self.start else self._create(source)
+        self.step = jax.jit(make_step(self.model, self.vae, config.step_config()), donate_argnums=0,
+                            out_shardings=(self.placement.state, self.placement.scalar))
+
+    def _create(self, source: Model) -> TrainState:
+        save_stage_frozen(self.folder, source)
+        params = jax.device_put(to_float32(source.params), self.placement.state.params)
+        create = jax.jit(lambda params: create_state(params, self.optimizer),
+                         out_shardings=self.placement.state)
+        return create(params)
+
+    def _restore(self) -> TrainState:
+        shapes = jax.eval_shape(lambda params: create_state(params, self.optimizer), self.model.shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                                self.placement.state)
+        items = self.bundles.restore(self.start, state=as_item(abstract), ema=abstract.ema)
+        if items["position"]["fingerprint"] != self.data.fingerprint:
+            raise ValueError(f"{self.folder}: the data, tokenizer or data config changed since step "
+                             f"{self.start} was saved; batches would differ. Use another --workdir")
+        return TrainState(**items["state"], ema=items["ema"])
+
+    def save(self, step: int) -> None:
+        self.bundles.save(step, state=as_item(self.state), ema=self.state.ema,
+                          position={"next_step": step, "fingerprint": self.data.fingerprint})
+
+    def put(self, batch: PackedBatch) -> PackedBatch:
+        """This process's packs -> global arrays."""
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self.placement.batch, x), batch)
+
+
+def to_float32(params: Params) -> Params:
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+
+
+def as_item(state: TrainState) -> dict[str, Any]:
+    """The state as a dict for Orbax; the EMA is an item of its own, so that it can be read alone."""
+    return {"step": state.step, "params": state.params, "opt": state.opt}
+
+
+def count_tokens(batch: PackedBatch) -> int:
+    """Tokens of a batch that are not padding."""
+    return sum(int(np.sum(rows.last >= 0)) for rows in (batch.text_rows, batch.vit_rows, batch.latent_rows))
+
+
+def train(config: TrainConfig, workdir: pathlib.Path) -> int:
+    """Runs a stage to its last step, or to a signal; returns the step reached.
+
+    Raises: ValueError for anything wrong with config, data or checkpoints, before the first step;
+    FloatingPointError if a loss is not finite.
+    """
+    trainer = Trainer(config, workdir)
+    if trainer.start >= config.total_steps:
+        print(f"{trainer.folder}: already at step {trainer.start} of {config.total_steps}", flush=True)
+        return trainer.start
+    (trainer.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    writer = MetricWriter(trainer.folder, first_step=trainer.start)
+    with Interrupt().listen() as interrupt, trainer.mesh, contextlib.closing(writer):
+        step = run_steps(trainer, writer, interrupt)
+        trainer.save(step)
+        trainer.bundles.close()
+        trainer.data.close()
+    if step < config.total_steps:
+        print(f"{trainer.folder}: stopped and saved at step {step}; the same command resumes", flush=True)
+    return step
+
+
+def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> int:
+    """The loop itself. Metrics of a step are read after the next one is dispatched, so that reading
+    them never stalls the device; saving comes after the step whose data it counts."""
+    config, pending = trainer.config, None
+    bar = tqdm.tqdm(total=config.total_steps, initial=trainer.start, desc=config.stage, unit="step",
+                    mininterval=1.0)
+    clock, step = time.perf_counter(), trainer.start
+    while step < config.total_steps and not interrupt:
+        batch = next(trainer.data)
+        trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
+        if pending is not None:
+            clock = report(*pending, writer, bar, clock, config.log_every)
+        pending = (step, metrics, count_tokens(batch) * jax.process_count(), trainer.data.fill(step))
+        step += 1
+        if step % config.save_every == 0:
+            trainer.save(step)
+    if pending is not None:
+        report(*pending, writer, bar, clock, config.log_every)
+    bar.close()
+    return step
+
+
+def report(step: int, metrics: dict[str, Any], tokens: int, fill: dict[str, float], writer: MetricWriter,
+           bar: tqdm.tqdm, clock: float, log_every: int) -> float:
+    """Writes one step's line; returns the time it was known."""
+    values = {name: float(value) for name, value in metrics.items()}
+    now = time.perf_counter()
+    if not np.isfinite(values["loss"]):
+        raise FloatingPointError(f"step {step}: loss is {values['loss']} (ce {values['ce']}, mse "
+                                 f"{values['mse']}); the last checkpoint is from before this step")
+    values |= {"tokens_per_second": tokens / (now - clock), "step_seconds": now - clock,
+               "fill_text": fill["text"], "fill_vit": fill["vit"], "fill_latent": fill["latent"]}
+    if step % log_every == 0:
+        writer.write(step, values)
+    bar.update()
+    bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.4f}", refresh=False)
+    return now

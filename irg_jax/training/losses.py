@@ -1,0 +1,148 @@
+"""From a packed batch to cross-entropy and flow-matching error.
+
+Axes: B packs, T text tokens, V ViT patches, G latent tokens, N image slots, Z values of a latent token,
+D width. Source: the training forward of `Bagel` (modeling/bagel/bagel.py) and IRG's training script.
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from data_pipelines.batch import PackedBatch
+from irg_jax.models.autoencoder import Autoencoder
+from irg_jax.models.irg import IRG, normalize_pixels, pack_latent
+from irg_jax.models.streams import Streams
+
+CE_CHUNK = 1024  # text tokens whose logits exist at once: 8,192 x 152,064 in float32 would be 5 GB
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is learnt, and how much of it."""
+
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    timestep_shift: float = 4.0                       # t' = s t / (1 + (s - 1) t)
+    posterior: Literal["sample", "mean"] = "sample"   # the original samples, golden values use the mean
+    vae_batch: int = 1                                # images the frozen encoder takes at once
+
+
+class Flow(NamedTuple):
+    """The flow-matching problem of a batch: [B, G, Z], [B, G, Z], [B, G]."""
+
+    noisy: Float[Array, "B G Z"]
+    target: Float[Array, "B G Z"]
+    t: Float[Array, "B G"]
+
+
+def shift_timestep(t: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def encode_latents(
+    vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, key: jax.Array, dtype: DTypeLike
+) -> Float[Array, "B G Z"]:
+    """Scaled latents of all images of the batch, image by image on a square canvas of `canvas` tokens.
+
+    The canvas border is masked (see `Autoencoder.encode`), so a latent depends on its image alone.
+    """
+    packs, slots = batch.image_start.shape
+    side, pixels = canvas, math.isqrt(batch.latent_pixels.shape[-1] // 3)
+    patch = pixels // vae.config.downsample
+    rows, columns = jnp.divmod(jnp.arange(side * side), side)
+
+    def encode(slot):
+        pack, start, height, width, slot_key = slot
+        inside = (rows < height) & (columns < width)
+        token = jnp.where(inside, start + rows * width + columns, 0)
+        image = rearrange(batch.latent_pixels[pack, token], "(r c) (p q x) -> (r p) (c q) x",
+                          r=side, p=pixels, x=3)
+        mask = repeat(inside, "(r c) -> (r p) (c q) 1", r=side, p=pixels, q=pixels)
+        mean, logvar = vae.encode(normalize_pixels(image, dtype)[None], mask[None])
+        if config.posterior == "sample":
+            mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(slot_key, mean.shape, mean.dtype)
+        return pack_latent(vae.scale(mean.astype(jnp.float32)), patch)[0]
+
+    pack = jnp.broadcast_to(jnp.arange(packs)[:, None], (packs, slots))
+    table = (pack, batch.image_start, batch.image_height, batch.image_width,
+             jax.random.split(key, (packs, slots)))
+    canvases = jax.lax.map(encode, tuple(x.reshape(-1) for x in table), batch_size=config.vae_batch)
+    canvases = canvases.reshape(packs, slots * side * side, -1)
+
+    slot = jnp.minimum(batch.latent_image, slots - 1)
+    of_token = lambda table: jnp.take_along_axis(table, slot, axis=1)
+    local = jnp.arange(batch.latent_image.shape[1]) - of_token(batch.image_start)
+    row, column = jnp.divmod(local, jnp.maximum(of_token(batch.image_width), 1))
+    index = jnp.where(batch.latent_image < slots, (slot * side + row) * side + column, 0)
+    return jax.lax.stop_gradient(jnp.take_along_axis(canvases, index[..., None], axis=1))
+
+
+def make_flow(batch: PackedBatch, latent: Float[Array, "B G Z"], noise: Float[Array, "B G Z"],
+              shift: float) -> Flow:
+    """x_t = (1 - t) x_0 + t noise, target noise - x_0, one t an image; clean images have t = 0."""
+    slots = batch.image_timestep.shape[1]
+    t = shift_timestep(jax.nn.sigmoid(batch.image_timestep), shift)
+    t = jnp.take_along_axis(t, jnp.minimum(batch.latent_image, slots - 1), axis=1)
+    t = jnp.where(batch.latent_image < slots, t, 0.0)
+    mix = t[..., None]
+    return Flow((1 - mix) * latent + mix * noise, noise - latent, t)
+
+
+def cross_entropy(
+    model: IRG, hidden: Float[Array, "B T D"], target: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Negative log-likelihood a token in float32; logits exist a chunk of tokens at a time."""
+    packs, length, width = hidden.shape
+    pad = -length % min(CE_CHUNK, length)
+    chunks = lambda x: jnp.moveaxis(
+        jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+        .reshape(packs, -1, min(CE_CHUNK, length), *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(chunk):
+        logits = model.logits(chunk[0])
+        chosen = jnp.take_along_axis(logits, chunk[1][..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+    losses = jax.lax.map(one, (chunks(hidden), chunks(target)))
+    return jnp.moveaxis(losses, 0, 1).reshape(packs, length + pad)[:, :length]
+
+
+def token_losses(
+    model: IRG, batch: PackedBatch, flow: Flow, *, dtype: DTypeLike, remat: bool
+) -> tuple[Float[Array, "B T"], Float[Array, "B G Z"]]:
+    """Per-token cross-entropy, and squared velocity error per latent value; unweighted."""
+    rows = Streams(batch.text_rows, batch.vit_rows, batch.latent_rows)
+    embedded = Streams(
+        model.embed_text(batch.text_ids, dtype),
+        model.embed_vit(normalize_pixels(batch.vit_patches, dtype), batch.vit_position, batch.vit_rows,
+                        remat=remat),
+        model.embed_latent(flow.noisy.astype(dtype), flow.t, batch.latent_position))
+    hidden, _ = model(embedded, rows, remat=remat)
+    ce = cross_entropy(model, hidden.text, batch.text_target)
+    return ce, (model.velocity(hidden.latent) - flow.target) ** 2
+
+
+class Totals(NamedTuple):
+    """Weights of all loss tokens of the global batch; the divisors of both losses."""
+
+    text: Float[Array, ""]
+    latent: Float[Array, ""]
+
+
+def count_totals(batch: PackedBatch) -> Totals:
+    return Totals(jnp.sum(batch.text_weight), jnp.sum(batch.latent_weight))
+
+
+def mean_losses(
+    ce: Float[Array, "B T"], error: Float[Array, "B G Z"], batch: PackedBatch, totals: Totals
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """This part's share of the two means over the global batch; no loss tokens give zero."""
+    share = lambda loss, weight, total: jnp.sum(loss * weight) / jnp.where(total > 0, total, 1.0)
+    return (share(ce, batch.text_weight, totals.text),
+            share(jnp.mean(error, -1), batch.latent_weight, totals.latent))

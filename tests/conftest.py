@@ -1,0 +1,35 @@
+"""Eight CPU devices, exact float32 matmuls, shape checks in signatures; set before jax is imported."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+install_import_hook(["irg_jax.models", "irg_jax.kernels"], "beartype.beartype")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", default=str(pathlib.Path(__file__).parent / "golden" / "tiny_bagel"),
+                     help="folder of golden values in the format of tests/golden/README.md")
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request) -> pathlib.Path:
+    return pathlib.Path(request.config.getoption("--golden"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The measured distance to the original, module by module, as docs/parity.md lists it."""
+    report = getattr(__import__("sys").modules.get("parity_cases"), "REPORT", {})
+    if report:
+        terminalreporter.section("relative error against the original")
+        for name, error in report.items():
+            terminalreporter.write_line(f"{name:48s} {error:.1e}")

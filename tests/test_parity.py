@@ -1,0 +1,159 @@
+"""Module by module against the original's own values: `pytest tests/test_parity.py --golden DIR`.
+
+Tolerances are those of tests/golden/README.md; nothing here knows the sizes of the first golden set.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from data_pipelines.batch import Rows, visible
+from irg_jax.models.irg import unpack_latent
+from irg_jax.training.losses import encode_latents, token_losses
+from irg_jax.training.optimizer import learning_rate, make_optimizer
+from irg_jax.training.step import create_state, make_gradient, make_update
+from parity_cases import ParityCase, batched_rows, relative
+from test_batch import dense_mask
+
+MODULE, LOSS = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def case(golden_dir) -> ParityCase:
+    return ParityCase(golden_dir)
+
+
+def nhwc(x: np.ndarray) -> jnp.ndarray:
+    return jnp.asarray(x).transpose(0, 2, 3, 1)
+
+
+def nchw(x) -> np.ndarray:
+    return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+# ---- autoencoder --------------------------------------------------------------------------------
+
+def test_vae_encode(case):
+    mean, logvar = jax.jit(case.vae.encode)(nhwc(case.arrays["vae.image"]))
+    relative("VAE encoder: mean", nchw(mean), case.arrays["vae.mean"], MODULE)
+    relative("VAE encoder: log variance", nchw(logvar), case.arrays["vae.logvar"], MODULE)
+    relative("VAE encoder: latent of mean", nchw(case.vae.scale(mean)), case.arrays["vae.latent_of_mean"],
+             MODULE)
+
+
+def test_vae_decode(case):
+    decoded = jax.jit(case.vae.decode)(nhwc(case.arrays["vae.z"]))
+    relative("VAE decoder", nchw(decoded), case.arrays["vae.decoded"], MODULE)
+
+
+def test_packed_images_encode_as_they_do_alone(case):
+    """The masked canvas of the training step, against the original's image-by-image encoding."""
+    config, batch = case.step_config(), case.pack()
+    latent = jax.jit(lambda b: encode_latents(case.vae, b, config.loss, config.canvas, jax.random.key(0),
+                                              jnp.float32))(batch)
+    table = zip(*(np.asarray(x)[0] for x in (batch.image_start, batch.image_height, batch.image_width)))
+    for i, (start, height, width) in enumerate(row for row in table if row[1]):
+        tokens = latent[:, start:start + height * width]
+        image = unpack_latent(tokens, int(height), case.config.latent_patch_size)
+        # uint8 pixels stand for the golden floats, hence not exactly the module tolerance of encode.
+        relative("VAE encoder on a packed canvas", nchw(image)[0], case.arrays[f"train.latent.{i}"], MODULE)
+
+
+# ---- vision ---------------------------------------------------------------------------------------
+
+def test_vit_and_connector(case):
+    lengths = case.arrays["vit.lengths"].tolist()
+    rows = batched_rows(sum(lengths), lengths)
+    patches = jnp.asarray(case.arrays["vit.patches"])[None]
+    position = jnp.asarray(case.arrays["vit.position_ids"], jnp.int32)[None]
+    hidden = jax.jit(case.irg.vit)(patches, position, rows)
+    relative("SigLIP", hidden[0], case.arrays["vit.hidden"], MODULE)
+    tokens = jax.jit(case.irg.embed_vit)(patches, position, rows)
+    relative("SigLIP, connector and positions", tokens[0], case.arrays["vit.llm_tokens"], MODULE)
+
+
+# ---- visibility -------------------------------------------------------------------------------------
+
+def rows_of(split_lens: list[int], modes: list[str]) -> Rows:
+    starts = np.cumsum([0, *split_lens[:-1]])
+    order = np.arange(sum(split_lens))
+    span, last, noised = order.copy(), order.copy(), np.zeros(len(order), bool)
+    for start, length, mode in zip(starts, split_lens, modes):
+        if mode != "causal":
+            block = slice(start, start + length)
+            span[block], last[block], noised[block] = start, start + length - 1, mode == "noise"
+    return Rows(order, np.zeros_like(order), span, last, noised, order)
+
+
+def test_visibility(case):
+    for i, mask in enumerate(case.values["masks"]):
+        rows = rows_of(mask["split_lens"], mask["attn_modes"])
+        np.testing.assert_array_equal(visible(rows, rows), case.arrays[f"mask.{i}"].astype(bool))
+        np.testing.assert_array_equal(dense_mask(mask["split_lens"], mask["attn_modes"]),
+                                      case.arrays[f"mask.{i}"].astype(bool))
+
+
+# ---- training -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_packed_forward(case, remat):
+    batch = case.pack()
+    ce, error = jax.jit(lambda b, f: token_losses(case.irg, b, f, dtype=jnp.float32, remat=remat))(
+        batch, case.flow(batch))
+    relative("packed forward: CE a token", ce[0][batch.text_weight[0] > 0], case.arrays["train.ce"], LOSS)
+    relative("packed forward: MSE a token", error[0][batch.latent_weight[0] > 0], case.arrays["train.mse"],
+             LOSS)
+
+
+@pytest.mark.parametrize("reweight", [False, True])
+def test_losses(case, reweight):
+    batch = case.pack(ce_reweight=reweight)
+    gradient = make_gradient(case.network, case.step_config())
+    (ce, mse), _ = jax.jit(gradient)(case.params, batch, case.flow(batch))
+    expected = case.values["train_loss"]
+    relative("loss: CE", ce, expected["ce_reweighted" if reweight else "ce"], LOSS)
+    relative("loss: MSE", mse, expected["mse"], LOSS)
+
+
+def test_every_gradient(case):
+    batch = case.pack()
+    gradient = jax.jit(make_gradient(case.network, case.step_config(remat=False)))
+    _, grads = gradient(case.params, batch, case.flow(batch))
+    relative("gradient norm", optax.global_norm(grads), case.values["grad_norm"], LOSS)
+    torch = case.to_torch(grads)
+    expected = {name[5:]: x for name, x in case.arrays.items() if name.startswith("grad/")}
+    assert set(torch) == set(expected)
+    largest = max(np.linalg.norm(x) for x in expected.values())
+    for name, x in expected.items():
+        # A key bias shifts all scores of a query alike: its true gradient is zero, both are rounding noise.
+        if np.linalg.norm(x) < 1e-6 * largest:
+            assert np.linalg.norm(torch[name] - x) < 1e-6 * largest, name
+        else:
+            relative("every gradient (largest error)", torch[name], x, LOSS)
+
+
+def test_five_optimizer_steps(case):
+    config, values = case.step_config(remat=False), case.values["optim"]
+    optimizer = make_optimizer(config.optimizer, config.total_steps, case.network.shapes)
+    gradient, update = make_gradient(case.network, config), make_update(config, optimizer)
+    batch = case.pack()
+    flow, rate = case.flow(batch), learning_rate(config.optimizer, config.total_steps)
+
+    @jax.jit
+    def step(state):
+        (ce, mse), grads = gradient(state.params, batch, flow)
+        return update(state, grads), (rate(state.step), ce, mse, optax.global_norm(grads))
+    state = create_state(case.params, optimizer)
+    for expected in values["trajectory"]:
+        state, measured = step(state)
+        for name, value in zip(("lr", "ce", "mse", "grad_norm"), measured):
+            relative(f"optimiser steps: {name}", value, expected[name], LOSS)
+    params, ema = map(case.to_torch, (state.params, state.ema))
+    for name, x in case.arrays.items():
+        kind, _, path = name.partition("/")
+        if kind == "optim.param":
+            relative("optimiser steps: parameters", params[path], x, MODULE)
+        elif kind == "optim.ema":
+            relative("optimiser steps: EMA", ema[path], x, MODULE)

@@ -1,0 +1,156 @@
+"""What is said about scenes: true, short, and in one small vocabulary."""
+
+import re
+
+import numpy as np
+import pytest
+
+from data_pipelines.shapes import language
+from data_pipelines.shapes.flaws import Flaw, make_flawed
+from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
+from data_pipelines.shapes.scene import CATEGORIES, COLOURS, SHAPES, Group, Request, Scene, Thing
+
+RED_CIRCLES = (Thing("circle", "red", "plain", 0.2, 0.2, 0.27),
+               Thing("circle", "red", "striped", 0.2, 0.8, 0.27))
+SQUARE = Thing("square", "blue", "plain", 0.8, 0.5, 0.4)
+REQUEST = Request("position", (Group("circle", 2, "red"), Group("square", 1, "blue")), "left of")
+SCENE = Scene("position", (*RED_CIRCLES, SQUARE), "pale pink")
+
+
+def num_words(text: str) -> int:
+    return len(re.sub("</?think>", "", text).split())
+
+
+@pytest.fixture(scope="module")
+def stories():
+    rng = np.random.default_rng(0)
+    told = []
+    for i in range(3000):
+        split, category = SPLITS[i % 2], CATEGORIES[i % 6]
+        request = sample_request(rng, split=split, category=category)
+        scene = sample_scene(rng, request, split=split)
+        told.append((rng, request, scene, *make_flawed(rng, request, scene, split=split)))
+    return told
+
+
+@pytest.fixture(scope="module")
+def texts(stories):
+    """kind -> every text of it."""
+    return {
+        "prompt": [language.prompt(rng, request) for rng, request, *_ in stories],
+        "think": [language.think(rng, request, scene) for rng, request, scene, *_ in stories],
+        "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
+        "reflect": [language.reflect(rng, request, flaw=flaw, flawed=flawed, right=scene)
+                    for rng, request, scene, flawed, flaw in stories],
+        "praise": [language.reflect(rng, request, flaw=None, flawed=scene, right=scene)
+                   for rng, request, scene, *_ in stories],
+        "question": [text for rng, _, scene, *_ in stories
+                     for text in language.question(rng, scene)],
+        "fixed": [language.SYSTEM_PROMPT, language.HOW_TO_THINK, language.HOW_TO_IMPROVE],
+    }
+
+
+@pytest.mark.parametrize("kind, most", [
+    ("think", 30), ("describe", 14), ("reflect", 60), ("praise", 60), ("prompt", 30)])
+def test_texts_keep_to_their_budget(texts, kind, most):
+    assert max(num_words(text) for text in texts[kind]) <= most
+    assert num_words(language.SYSTEM_PROMPT) <= 16
+
+
+def test_the_vocabulary_is_small_and_lower_case(texts):
+    everything = " ".join(text for group in texts.values() for text in group)
+    for heading in language.HEADINGS:
+        everything = everything.replace(heading, "")
+    words = set(re.findall(r"[\w-]+", everything))
+    assert len(words) < 350
+    assert everything == everything.lower() and everything.isascii()
+    assert set(SHAPES) | set(COLOURS) <= words
+
+
+def test_prompts_vary_and_are_english(texts):
+    prompts = texts["prompt"]
+    assert len(set(prompts)) > 0.85 * len(prompts)
+    assert not [text for text in prompts if re.search(r"\ba [aeiou]", text)]
+    assert not [text for text in prompts if re.search(r"\ban [^aeiou]", text)]
+    assert not [text for text in prompts if re.search(r"\{|\}|  | $|None", text)]
+
+
+def test_a_prompt_says_all_that_is_asked(stories):
+    number = {1: "a", 2: "two", 3: "three", 4: "four"}
+    for rng, request, *_ in stories:
+        text = language.prompt(rng, request)
+        for group in request.groups:
+            assert re.search(rf"\b{group.shape}(es|s)?\b", text)
+            assert number[group.count] in text.split() or group.count == 1
+            assert (group.colour or "") in text and (group.texture or "") in text
+        assert (request.background or "") in text
+
+
+def test_the_plainest_prompt_is_the_one_of_the_readme():
+    prompts = {language.prompt(np.random.default_rng(seed), REQUEST) for seed in range(300)}
+    assert "two red circles left of a blue square" in prompts
+
+
+def test_a_plan_names_every_thing_where_it_is():
+    plan = language.think(np.random.default_rng(0), REQUEST, SCENE)
+    assert plan.startswith("<think>") and plan.endswith("pale pink background.</think>")
+    for item in ("red circle at top left", "striped red circle at bottom left",
+                 "blue square at right"):
+        assert item in plan
+
+
+def test_a_description_counts():
+    texts = {language.describe(np.random.default_rng(seed), SCENE) for seed in range(20)}
+    assert texts == {"two red circles and a blue square.",
+                     "two red circles and a blue square on pale pink."}
+
+
+def test_a_reflection_names_the_flaw_and_the_fix():
+    green = Thing("square", "green", "plain", 0.8, 0.5, 0.4)
+    text = language.reflect(
+        np.random.default_rng(0), REQUEST, flaw=Flaw("colour", (green,), (SQUARE,)),
+        flawed=Scene("position", (*RED_CIRCLES, green), "pale pink"), right=SCENE)
+    assert text.startswith("<think>") and text.endswith("</think>")
+    lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
+    assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
+    analysis, _, need, _, step, _, final = lines
+    assert analysis.endswith("a square is green.")
+    assert need == "the square must be blue."
+    assert step.startswith("paint the green square at the right blue. ")
+    assert final == "two red circles left of a blue square on a pale pink background."
+
+
+@pytest.mark.parametrize("flaw, step", [
+    (Flaw("missing", (), RED_CIRCLES), "draw a red circle at the top left and a red circle at the "
+     "bottom left."),
+    (Flaw("extra", (SQUARE,)), "remove the blue square at the right."),
+    (Flaw("shape", (Thing("star", "blue", "plain", 0.8, 0.5, 0.4),), (SQUARE,)),
+     "turn the blue star at the right into a square."),
+    (Flaw("size", (Thing("square", "blue", "plain", 0.8, 0.5, 0.26),), (SQUARE,)),
+     "make the blue square at the right larger."),
+    (Flaw("texture", (RED_CIRCLES[1],), (RED_CIRCLES[0],)),
+     "make the red circle at the bottom left plain."),
+    (Flaw("background"), "paint the background pale pink."),
+])
+def test_the_step_of_each_flaw(flaw, step):
+    flawed = Scene("position", SCENE.things, "white")
+    text = language.reflect(np.random.default_rng(0), REQUEST, flaw=flaw, flawed=flawed,
+                            right=SCENE)
+    assert step in text
+
+
+def test_answers_are_true():
+    asked = {}
+    for seed in range(400):
+        question, answer = language.question(np.random.default_rng(seed), SCENE)
+        asked.setdefault(question, set()).add(answer)
+    assert asked["how many circles are there?"] == {"two."}
+    assert asked["how many stars are there?"] == {"none."}
+    assert asked["what is the colour of the square?"] == {"blue."}
+    assert asked["where is the square?"] == {"at the right."}
+    assert asked["is there a red circle?"] == {"yes."}
+    assert asked["is there a green circle?"] == {"no."}
+    assert asked["what is the colour of the background?"] == {"pale pink."}
+    assert asked["how many things are there?"] == {"three."}
+    # There are two circles: asking for the place of one would have no answer.
+    assert "where is the circle?" not in asked
