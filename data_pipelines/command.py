@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def run(main: Callable[[Any], None]) -> None:
@@ -17,6 +17,7 @@ def run(main: Callable[[Any], None]) -> None:
 
 
 def _call(main: Callable[[Any], None], argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # libraries tell the story of every file they write
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {' '.join(argv[1:])}")
     try:

@@ -55,7 +55,7 @@ install() {
         return
     fi
     echo "setup: installing requirements.txt into $venv (some minutes the first time)"
-    "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+    "$python" -m pip install -qq --disable-pip-version-check -r requirements.txt ||
         fail "pip could not install requirements.txt (see above); the same line again tries again"
     echo "$digest" >"$stamp"
 }

@@ -12,7 +12,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_numpy_rank_promotion", "allow")
+# Eight virtual devices on two cores: two steps in flight at once starve each other's collectives for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 install_import_hook(["irg_jax.models", "irg_jax.kernels"], "beartype.beartype")
 
 

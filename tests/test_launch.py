@@ -225,6 +225,20 @@ def test_set_up_skips_a_python_that_does_not_run(tmp_path):
     assert wrong.returncode == 1 and "no_python is not a Python 3.11" in wrong.stderr
 
 
+def test_set_up_without_ensurepip_says_what_to_install(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    python = tmp_path / "bare_python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    process = subprocess.run(["bash", "launch/setup.sh"], cwd=tmp_path, capture_output=True, text=True,
+                             env=os.environ | {"PYTHON": str(python), "VENV": "new"})
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"error: {python} cannot make virtual environments")
+    assert f"apt-get install {version}-venv" in process.stderr and process.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def await_file(path: pathlib.Path) -> None:
     deadline = time.monotonic() + 20
     while not path.exists():

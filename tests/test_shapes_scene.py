@@ -13,8 +13,7 @@ from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Group, Request, Scene, Thing
-from data_pipelines.shapes.split import (
-    KIND_OF_CATEGORY, all_keys, combinations, held_out_keys, is_training)
+from data_pipelines.shapes.split import KIND_OF_CATEGORY, all_keys, combinations, held_out_keys
 
 CIRCLE = Thing("circle", "red", "plain", 0.25, 0.25, 0.3)
 SQUARE = Thing("square", "blue", "striped", 0.7, 0.75, 0.4)

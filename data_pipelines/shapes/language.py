@@ -8,8 +8,7 @@ import numpy as np
 
 from data_pipelines.shapes.flaws import Flaw
 from data_pipelines.shapes.sample import pick
-from data_pipelines.shapes.scene import (
-    COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural)
+from data_pipelines.shapes.scene import COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural
 
 SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and improve it."
 HOW_TO_THINK = "how should one think about the prompt before drawing this picture?"

@@ -5,8 +5,23 @@ import dataclasses
 import numpy as np
 
 from data_pipelines.shapes.scene import (
-    BACKGROUNDS, BORDER, CATEGORIES, COLOURS, COUNTS, DRAWN_SIZES, RELATIONS, SHAPES, SIZES,
-    TEXTURES, Group, Request, Scene, Thing, holds_clearly, is_free)
+    BACKGROUNDS,
+    BORDER,
+    CATEGORIES,
+    COLOURS,
+    COUNTS,
+    DRAWN_SIZES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    holds_clearly,
+    is_free,
+)
 from data_pipelines.shapes.split import combinations, held_out_keys, is_held_out, is_training
 
 SPLITS = ("train", "heldout")

@@ -10,8 +10,7 @@ import hashlib
 import itertools
 import math
 
-from data_pipelines.shapes.scene import (
-    BACKGROUNDS, COLOURS, COUNTS, SHAPES, Request, Scene, holds)
+from data_pipelines.shapes.scene import BACKGROUNDS, COLOURS, COUNTS, SHAPES, Request, Scene, holds
 
 HELD_OUT_SHARE = 0.15
 # Of the first 400 seeds, the one that spreads the held-out keys most evenly over the words.

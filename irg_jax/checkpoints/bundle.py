@@ -35,8 +35,9 @@ class Bundles:
         """
         if step == self.latest():
             return
+        # Orbax's own policy would drop a save that is asked for while another is under way.
         self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "ema": ema, "position": position})
+            step, {"state": state, "ema": ema, "position": position}, force=True)
 
     def restore(self, step: int, *, state: Any, ema: Params) -> dict[str, Any]:
         """Items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""

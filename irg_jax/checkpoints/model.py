@@ -1,11 +1,11 @@
 """The model checkpoint: a folder that holds all that inference needs.
 
-    model.json       geometry; shape, dtype and sha256 of every parameter; where it came from
+    model.json       geometry; where the weights came from; a sha256 of every parameter
     tokenizer.json   absent only if the source had none
     params/          Orbax: {"model": the network, "vae": the autoencoder}
 
-It is written under another name and renamed at the end, so it is whole or absent. A stage folder of a
-training run (`model.json`, `tokenizer.json`, `vae/`, `checkpoints/`) is read as the model its EMA is.
+It is written under another name and renamed at the end, so it is whole or absent. A stage folder of
+a training run (`model.json`, `tokenizer.json`, `vae/`, `checkpoints/`) is its EMA.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,10 +24,13 @@ from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
+from irg_jax.checkpoints.bundle import FOLDER as BUNDLES, restore_ema
+from irg_jax.checkpoints.names import listing
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer.json"
+PARAMS, FROZEN = "params", "vae"
 VERSION = 1
 DTYPES = ("float32", "bfloat16")
 _LIMIT, _COUNT_LIMIT = 10**7, 1000   # beyond any real model, below what would exhaust memory
@@ -46,7 +50,8 @@ def cast(model: Model, dtype: str | None) -> Model:
     """The network in another dtype; None keeps each parameter's. The autoencoder keeps its own."""
     if dtype is None:
         return model
-    return dataclasses.replace(model, params=jax.tree.map(lambda x: np.asarray(x, dtype), model.params))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), model.params)
+    return dataclasses.replace(model, params=params)
 
 
 def save_model(path: str | pathlib.Path, model: Model, *, source: dict[str, Any] | None = None,
@@ -58,12 +63,8 @@ def save_model(path: str | pathlib.Path, model: Model, *, source: dict[str, Any]
     """
     tree = jax.tree.map(np.asarray, {"model": model.params, "vae": model.vae})
     with new_folder(path, replace=replace) as folder:
-        ocp.save(folder.absolute() / "params", tree)
-        if model.tokenizer is not None:
-            model.tokenizer.save(str(folder / TOKENIZER))
-        parameters = {path: {"shape": leaf.shape, "dtype": leaf.dtype.name, "sha256": digest(leaf)}
-                      for path, leaf in names.flatten(tree).items()}
-        save_description(folder, model.config, source=source, parameters=parameters)
+        ocp.save(folder.absolute() / PARAMS, tree)
+        _save_texts(folder, model, tree, source)
 
 
 def load_model(path: str | pathlib.Path) -> Model:
@@ -73,32 +74,35 @@ def load_model(path: str | pathlib.Path) -> Model:
         geometry asks for, and every parameter whose bytes have changed since they were written.
     """
     folder = pathlib.Path(path).absolute()
+    if (folder / BUNDLES).is_dir():
+        stage = load_stage_frozen(folder)
+        params, _ = restore_ema(folder, names.model_shapes(stage.config))
+        return dataclasses.replace(stage, params=jax.tree.map(np.asarray, params))
     config, description = load_description(folder)
-    if (folder / "params").is_dir():
-        tree = _restore(folder / "params", {"model": names.model_shapes(config),
-                                            "vae": names.vae_shapes(config.vae)})
-    elif (folder / "checkpoints").is_dir():
-        from irg_jax.checkpoints import bundle   # the bundle's own imports lead back here
-        tree = {"model": jax.tree.map(np.asarray, bundle.restore_ema(folder)),
-                "vae": _restore(folder / "vae", names.vae_shapes(config.vae))}
-    else:
-        raise ValueError(f"{str(folder)!r} has neither params/ nor checkpoints/; it is not whole")
-    records = description.get("parameters", {})
-    changed = [name for name, leaf in names.flatten(tree).items()
-               if name in records and records[name]["sha256"] != digest(leaf)]
-    if changed:
-        raise ValueError(f"{str(folder)!r} is damaged; these parameters differ from what was written: "
-                         f"{listing(changed)}")
-    tokenizer = None
-    if (folder / TOKENIZER).exists():
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER), vocab_size=config.llm.vocab_size)
-    return Model(config, tokenizer, tree["model"], tree["vae"])
+    shapes = {"model": names.model_shapes(config), "vae": names.vae_shapes(config.vae)}
+    tree = _restore(folder / PARAMS, shapes)
+    _check_digests(folder, tree, description)
+    return Model(config, load_tokenizer(folder, config), tree["model"], tree["vae"])
 
 
-def save_description(folder: pathlib.Path, config: ModelConfig, **extra: Any) -> None:
-    """Writes `model.json`: the geometry, and whatever else is worth knowing."""
-    values = {"version": VERSION, "config": dataclasses.asdict(config), **extra}
-    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+def save_stage_frozen(folder: str | pathlib.Path, model: Model) -> None:
+    """Writes what a stage does not train: tokenizer, autoencoder and, last of all, `model.json`."""
+    folder = pathlib.Path(folder).absolute()
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    shutil.rmtree(folder / FROZEN, ignore_errors=True)   # of a start that was killed
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = jax.tree.map(np.asarray, model.vae)
+    ocp.save(folder / FROZEN, vae)
+    _save_texts(folder, model, {"vae": vae}, None)
+
+
+def load_stage_frozen(folder: str | pathlib.Path) -> Model:
+    """What `save_stage_frozen` wrote; `params` is empty. Raises ValueError as `load_model` does."""
+    folder = pathlib.Path(folder).absolute()
+    config, description = load_description(folder)
+    vae = _restore(folder / FROZEN, names.vae_shapes(config.vae))
+    _check_digests(folder, {"vae": vae}, description)
+    return Model(config, load_tokenizer(folder, config), {}, vae)
 
 
 def load_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -111,17 +115,22 @@ def load_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]
                          f"{DESCRIPTION}){hint}")
     values = read_json(path)
     if values.get("version") != VERSION:
-        raise ValueError(f"{path}: version is {values.get('version')!r}; this program reads {VERSION}")
-    for key in ("config", "parameters"):
-        if not isinstance(values.get(key, {}), dict):
-            raise ValueError(f"{path}: {key} must be an object, not {values[key]!r}")
-    for name, record in values.get("parameters", {}).items():
-        if not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
-            raise ValueError(f"{path}: parameters: {name} has no sha256")
-    config = values.get("config", {})
+        raise ValueError(f"{path}: version is {values.get('version')!r}; only {VERSION} is known")
+    for key in ("config", "sha256"):
+        if not isinstance(values.get(key), dict):
+            raise ValueError(f"{path}: {key} must be an object, not {values.get(key)!r}")
+    config = values["config"]
     parts = {part: read_fields(cls, config.get(part), where=f"{path}: config.{part}")
              for part, cls in (("llm", LLMConfig), ("vit", ViTConfig), ("vae", VAEConfig))}
     return read_fields(ModelConfig, config, where=f"{path}: config", **parts), values
+
+
+def load_tokenizer(folder: pathlib.Path, config: ModelConfig) -> Tokenizer | None:
+    """The folder's `tokenizer.json`, or None. Raises ValueError if it does not fit the geometry."""
+    path = folder / TOKENIZER
+    if not path.exists():
+        return None
+    return Tokenizer.from_file(str(path), vocab_size=config.llm.vocab_size)
 
 
 @contextlib.contextmanager
@@ -135,9 +144,9 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         if not replace:
             raise ValueError(f"{str(path)!r} exists and is not empty; choose another folder")
-        if not (path / DESCRIPTION).is_file():
-            raise ValueError(f"{str(path)!r} exists and is no model checkpoint (it has no {DESCRIPTION}); "
-                             "choose another folder")
+        if not ((path / DESCRIPTION).is_file() and (path / PARAMS).is_dir()):
+            raise ValueError(f"{str(path)!r} exists and is no model checkpoint (one has "
+                             f"{DESCRIPTION} and {PARAMS}/); choose another folder")
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)   # left by a run that was killed
     partial.mkdir(parents=True)
@@ -156,13 +165,6 @@ def digest(array: Any) -> str:
     return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
 
 
-def listing(items: Iterable[str], limit: int = 20) -> str:
-    """The first items, and how many there are beyond."""
-    items = list(items)
-    more = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError naming the file."""
     try:
@@ -179,8 +181,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def read_fields(cls: type, values: Any, *, where: str, **given: Any) -> Any:
     """An instance of a config dataclass from untrusted JSON.
 
-    Fields of `values` that the class lacks are left alone; `given` are fields that are known already.
-    Raises: ValueError naming `where` and the field that is missing, of another type or out of range.
+    Fields of `values` that the class lacks are left alone; `given` are fields known already.
+    Raises: ValueError naming `where` and the field that is missing, mistyped or out of range.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be an object of fields, not {values!r}")
@@ -194,6 +196,27 @@ def read_fields(cls: type, values: Any, *, where: str, **given: Any) -> Any:
                                if field.name in values})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _save_texts(folder: pathlib.Path, model: Model, tree: Params,
+                source: dict[str, Any] | None) -> None:
+    if model.tokenizer is not None:
+        model.tokenizer.save(str(folder / TOKENIZER))
+    dtypes = {part: " ".join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(params)}))
+              for part, params in tree.items()}
+    values = {"version": VERSION, "config": dataclasses.asdict(model.config), "dtype": dtypes,
+              "source": source,
+              "sha256": {path: digest(leaf) for path, leaf in names.flatten(tree).items()}}
+    (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_digests(folder: pathlib.Path, tree: Params, description: dict[str, Any]) -> None:
+    # Orbax checks its own structure but not the values: a flipped bit there would go unseen.
+    changed = [path for path, leaf in names.flatten(tree).items()
+               if description["sha256"].get(path) != digest(leaf)]
+    if changed:
+        raise ValueError(f"{str(folder)!r} is damaged; these parameters are not what was written: "
+                         f"{listing(changed)}")
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
@@ -214,24 +237,38 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
 
 def _restore(folder: pathlib.Path, shapes: Params) -> Params:
     """An Orbax tree of numpy arrays, after its shapes and dtypes have been found right."""
-    try:
-        stored = names.flatten(ocp.metadata(folder).metadata)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(folder)!r} is damaged or no Orbax checkpoint: {error}") from error
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder.parent)!r} has no {folder.name}/; it is not whole")
+    with _damage(folder):
+        metadata = ocp.metadata(folder).metadata
+        if metadata is None:
+            raise ValueError("Orbax cannot read its structure")
+        stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                  for path, leaf in names.flatten(metadata).items()}
     wanted = names.flatten(shapes)
+    both = [path for path in wanted if path in stored]
     faults = {
-        "missing": wanted.keys() - stored.keys(),
-        "unknown": stored.keys() - wanted.keys(),
-        "misshapen": [f"{name} {stored[name].shape} (expected {wanted[name].shape})"
-                      for name in wanted.keys() & stored.keys() if stored[name].shape != wanted[name].shape],
-        "wrongly typed": [f"{name} {stored[name].dtype}" for name in stored
-                          if np.dtype(stored[name].dtype).name not in DTYPES]}
-    lines = [f"{kind}: {listing(sorted(group))}" for kind, group in faults.items() if group]
+        "missing": [path for path in wanted if path not in stored],
+        "unknown": [path for path in stored if path not in wanted],
+        "misshapen": [f"{path} {list(stored[path].shape)}, expected {list(wanted[path].shape)}"
+                      for path in both if stored[path].shape != wanted[path].shape],
+        "wrongly typed": [f"{path} {stored[path].dtype.name}, expected one of {' '.join(DTYPES)}"
+                          for path in both if stored[path].dtype.name not in DTYPES]}
+    lines = [f"{kind}: {listing(group)}" for kind, group in faults.items() if group]
     if lines:
-        raise ValueError(f"{str(folder)!r} does not fit its geometry:\n  " + "\n  ".join(lines))
-    # Orbax returns numpy for numpy; the stand-ins occupy no memory.
-    like = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in stored.items()}
-    try:
+        raise ValueError(f"{str(folder)!r} does not fit {DESCRIPTION}:\n  " + "\n  ".join(lines))
+    # Orbax returns numpy arrays in place of numpy arrays; these stand-ins occupy no memory.
+    like = {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            for path, leaf in stored.items()}
+    with _damage(folder):
         return ocp.load(folder, names.unflatten(like))
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(folder)!r} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _damage(folder: pathlib.Path) -> Iterator[None]:
+    """Orbax's various errors about files that are not what it wrote, as one ValueError."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(folder)!r} is damaged or no Orbax checkpoint: "
+                         f"{textwrap.shorten(str(error), 300)}") from error

@@ -1,13 +1,14 @@
 """The one table between torch names and our parameters, read in both directions.
 
-A torch module `m` with `m.weight` and `m.bias` is one of ours with `kernel` (linear, convolution) or `scale`
-(norm) and `bias`, so the table lists modules. Our layers are stacked: parameter `decoder.layers.und.q.kernel`
-[L, in, out] holds L torch tensors [out, in]. The autoencoder's attributes bear the torch names: its table
-is that rule alone. Source: state dicts of BAGEL's modeling/bagel/bagel.py and modeling/autoencoder.py.
+A torch module with `weight` and `bias` is one of ours with `kernel` (linear, convolution) or
+`scale` (norm) and `bias`, so the table lists modules. Our layers are stacked: parameter
+`decoder.layers.und.q.kernel` [L, in, out] holds L torch tensors [out, in]. The autoencoder's
+attributes bear the torch names: its table is that rule alone.
+Source: the state dicts of BAGEL's modeling/bagel/bagel.py and modeling/autoencoder.py.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
@@ -29,11 +30,12 @@ _EXPERT = {
 }
 _VIT_LAYER = {
     "norm1": "layer_norm1", "norm2": "layer_norm2",
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.out_proj",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj", "o": "self_attn.out_proj",
     "fc1": "mlp.fc1", "fc2": "mlp.fc2",
 }
 _SUFFIX = {"und": "", "gen": "_moe_gen"}
-# Modules by their dotted path; `*` is the layer. The two embeddings are parameters without a module.
+# Modules by their dotted path, and two parameters that have no module; `*` is the layer.
 _TABLE = {
     "embed": f"{_DECODER}.embed_tokens.weight",
     **{f"decoder.layers.{expert}.{ours}": f"{_DECODER}.layers.*.{torch.format(suffix)}"
@@ -43,7 +45,8 @@ _TABLE = {
     "lm_head": "language_model.lm_head",
     "vit.patch_embed": f"{_VISION}.embeddings.patch_embedding",
     "vit.position": f"{_VISION}.embeddings.position_embedding.weight",
-    **{f"vit.layers.{ours}": f"{_VISION}.encoder.layers.*.{torch}" for ours, torch in _VIT_LAYER.items()},
+    **{f"vit.layers.{ours}": f"{_VISION}.encoder.layers.*.{torch}"
+       for ours, torch in _VIT_LAYER.items()},
     "vit.post_norm": f"{_VISION}.post_layernorm",
     "connector.fc1": "connector.fc1", "connector.fc2": "connector.fc2",
     "vae2llm": "vae2llm", "llm2vae": "llm2vae",
@@ -134,6 +137,13 @@ def unflatten(leaves: dict[str, np.ndarray]) -> Params:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return tree
+
+
+def listing(items: Iterable[str], limit: int = 20) -> str:
+    """The first items, and how many there are beyond."""
+    items = list(items)
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _torch_name(path: str) -> str:

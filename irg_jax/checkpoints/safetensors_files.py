@@ -1,20 +1,26 @@
-"""Safetensors files of a folder, read strictly; the official library checks every header first."""
+"""Safetensors files of a folder: read strictly, written in shards.
 
-import dataclasses
+The official library checks every header before anything else looks at a file; pickle is never read.
+"""
+
 import json
 import pathlib
 import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+from irg_jax.checkpoints.names import listing
+
+SHARD_BYTES = 5 * 10**9
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor of a file; `dtype` is the file's name for it ("F32")."""
 
     file: pathlib.Path
@@ -28,82 +34,126 @@ class TensorFiles:
     Faults of the files are collected in `faults`, one sentence each; only sound files have entries.
     """
 
-    def __init__(self, folder: pathlib.Path, stems: tuple[str, ...]):
+    def __init__(self, folder: pathlib.Path, stems: Sequence[str]):
         """Opens the first of `<stem>.safetensors`, `<stem>.safetensors.index.json` that exists."""
-        self.faults: list[str] = []
+        self.files: list[pathlib.Path] = []
         self.entries: dict[str, Entry] = {}
+        self.faults: list[str] = []
         self._handles = {}
-        files = [folder / f"{stem}.safetensors{suffix}" for stem in stems for suffix in ("", ".index.json")]
-        self.path = next((file for file in files if file.is_file()), None)
-        if self.path is None:
-            self.faults.append(_absent(folder, files))
-        elif self.path.suffix == ".json":
-            self._open_shards(self.path)
+        choices = [folder / f"{stem}.safetensors{suffix}" for stem in stems
+                   for suffix in ("", ".index.json")]
+        path = next((file for file in choices if file.is_file()), None)
+        self.name = choices[0].name if path is None else path.name
+        if path is None:
+            self.faults.append(_absence(folder, choices))
+        elif path.suffix == ".json":
+            self._open_shards(path)
         else:
-            self._open(self.path)
+            self._open(path)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, in host memory."""
         return self._handles[self.entries[name].file].get_tensor(name)
 
-    def _open(self, file: pathlib.Path) -> list[str]:
+    def _open(self, file: pathlib.Path) -> set[str]:
+        self.files.append(file)
         try:
             handle = safe_open(file, framework="numpy")
         except (SafetensorError, OSError) as error:
             cut = _cut_tensors(file)
-            self.faults.append(f"{file.name} is truncated; tensors that are cut off: {listing(cut)}" if cut
-                               else f"{file.name} is not a sound safetensors file ({error})")
-            return []
+            self.faults.append(f"{file.name}: truncated: {listing(cut)}" if cut else
+                               f"{file.name}: truncated or no safetensors file: {error}")
+            return set()
         self._handles[file] = handle
-        names = list(handle.keys())
-        for name in names:
+        for name in handle.keys():
             part = handle.get_slice(name)
             self.entries[name] = Entry(file, tuple(part.get_shape()), str(part.get_dtype()))
-        return names
+        return set(handle.keys())
 
     def _open_shards(self, index: pathlib.Path) -> None:
+        self.files.append(index)
         try:
-            shard_of = read_index(index)
+            placed = read_index(index)
         except ValueError as error:
             self.faults.append(str(error))
             return
-        for shard in sorted(set(shard_of.values())):
-            expected = {name for name, file in shard_of.items() if file == shard}
+        for shard in sorted(set(placed.values())):
             if not (index.parent / shard).is_file():
-                self.faults.append(f"{index.name} names {shard}, which does not exist")
+                self.faults.append(f"{index.name}: names {shard}, which does not exist")
                 continue
-            found = set(self._open(index.parent / shard))
+            found = self._open(index.parent / shard)
+            expected = {name for name, file in placed.items() if file == shard}
             if found and found != expected:
-                self.faults.append(f"{index.name} and {shard} differ in {listing(found ^ expected)}")
+                self.faults.append(f"{index.name}: disagrees with {shard} about "
+                                   f"{listing(sorted(found ^ expected))}")
 
 
 def read_index(index: pathlib.Path) -> dict[str, str]:
-    """{tensor: shard file} of a `*.index.json`. Raises ValueError if a shard could leave the folder."""
+    """{tensor: shard} of a `*.index.json`. Raises ValueError, also for a shard elsewhere."""
     try:
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index.name} is not an index with a weight_map ({error!r})") from error
-    if not isinstance(shard_of, dict) or not shard_of:
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index.name}: no JSON object with a weight_map: {error!r}") from error
+    if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{index.name}: weight_map must map tensor names to files")
-    for name, shard in shard_of.items():
+    for name, shard in placed.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise ValueError(f"{index.name} places {name} in {shard!r}; a shard is a .safetensors file "
-                             "beside the index, named without any folder")
-    return shard_of
+            raise ValueError(f"{index.name}: places {name} in {shard!r}; a shard is a .safetensors "
+                             "file beside the index, named without a folder")
+    return placed
 
 
-def listing(names, limit: int = 20) -> str:
-    """The first names in order, and how many there are beyond."""
-    names = sorted(names)
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+class Pending(NamedTuple):
+    """A tensor still to be made; `make` returns a contiguous array of `num_bytes`."""
+
+    name: str
+    num_bytes: int
+    make: Callable[[], np.ndarray]
 
 
-def _absent(folder: pathlib.Path, files: list[pathlib.Path]) -> str:
-    pickles = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
-    refused = (f"; {listing(pickles)} may be pickle, which runs code when read: convert to safetensors"
-               if pickles else "")
-    return f"none of {', '.join(file.name for file in files)} exists{refused}"
+def write_tensors(folder: pathlib.Path, stem: str, tensors: Sequence[Pending], *,
+                  shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `<stem>.safetensors`, or shards and their index if it were larger than `shard_bytes`.
+
+    Tensors are made shard by shard. One larger than `shard_bytes` has a shard of its own.
+    """
+    shards = list(_shards(tensors, shard_bytes))
+    if len(shards) == 1:
+        _write(folder / f"{stem}.safetensors", shards[0])
+        return
+    placed = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(folder / file, shard)
+        placed |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": placed}
+    text = json.dumps(index, indent=1) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _shards(tensors: Sequence[Pending], shard_bytes: int) -> Iterator[list[Pending]]:
+    shard, size = [], 0
+    for tensor in tensors:
+        if shard and size + tensor.num_bytes > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.num_bytes
+    yield shard
+
+
+def _write(file: pathlib.Path, tensors: list[Pending]) -> None:
+    # torch's loaders ask for this metadata. The library makes files that only their owner may read.
+    save_file({tensor.name: tensor.make() for tensor in tensors}, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
+def _absence(folder: pathlib.Path, choices: list[pathlib.Path]) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    hint = (f"; {listing(pickles)} may be pickle, which runs code when it is read, and is refused: "
+            "convert it to safetensors" if pickles else "")
+    return f"{choices[0].name}: missing (none of {listing(f.name for f in choices)} exists){hint}"
 
 
 def _cut_tensors(file: pathlib.Path) -> list[str]:
@@ -112,10 +162,8 @@ def _cut_tensors(file: pathlib.Path) -> list[str]:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             held = file.stat().st_size - 8 - size
-            if held < 0:
-                return []
-            header = json.loads(stream.read(size))
-        return [name for name, entry in header.items()
-                if name != "__metadata__" and entry["data_offsets"][1] > held]
+            header = json.loads(stream.read(size)) if held >= 0 else {}
+        return [name for name, tensor in header.items()
+                if name != "__metadata__" and tensor["data_offsets"][1] > held]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return []   # the header itself is broken: the library's own message stands
+        return []   # the header is broken too: the library's own message stands

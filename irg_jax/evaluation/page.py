@@ -16,8 +16,7 @@ import numpy as np
 
 from irg_jax.evaluation.drawing import split_sections
 from irg_jax.evaluation.results import STAGES, SYSTEMS, Result, Run, read_image
-from irg_jax.evaluation.statistics import (
-    DIFFERENCES, OUTCOMES, align_verdicts, classify_outcomes)
+from irg_jax.evaluation.statistics import DIFFERENCES, OUTCOMES, align_verdicts, classify_outcomes
 
 PANELS = {  # title -> metrics drawn in it
     "Text loss (CE)": ("ce",),

@@ -94,8 +94,8 @@ class ModelConfig:
     @property
     def num_vit_layers(self) -> int:
         """Layers in use: index -2 of the hidden states drops the last one."""
-        count = self.vit.num_hidden_layers + 1
-        return self.vit_select_layer % count if self.vit_select_layer < 0 else self.vit_select_layer
+        from_end = self.vit.num_hidden_layers + 1 if self.vit_select_layer < 0 else 0
+        return self.vit_select_layer + from_end
 
     @property
     def latent_channels(self) -> int:

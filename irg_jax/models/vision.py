@@ -65,7 +65,7 @@ class Connector(nnx.Module):
     """Two linears with tanh-GELU from ViT width to language-model width."""
 
     def __init__(self, width: int, d_model: int, *, rngs: nnx.Rngs):
-        self.fc1 = Linear(width, d_model, ("vit_embed", "embed"), rngs=rngs)
+        self.fc1 = Linear(width, d_model, (None, "embed"), rngs=rngs)
         self.fc2 = Linear(d_model, d_model, ("embed", None), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B V D"]) -> Float[Array, "B V E"]:

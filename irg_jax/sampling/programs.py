@@ -5,6 +5,8 @@ Axes: B contexts, H and W pixels, G latent tokens, V patches.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,13 @@ from irg_jax.sampling.flow import Branches, draw_latent
 from irg_jax.sampling.text import Written, write_text
 
 
+class Weights(NamedTuple):
+    """Parameters of the network and of the autoencoder."""
+
+    model: Params
+    vae: Params
+
+
 @functools.lru_cache(maxsize=None)
 def network(config: ModelConfig) -> Functional:
     return Functional(lambda rngs: IRG(config, rngs=rngs))
@@ -30,60 +39,60 @@ def autoencoder(config: ModelConfig) -> Functional:
     return Functional(lambda rngs: make_autoencoder(config, rngs=rngs))
 
 
-_compiled = functools.partial(jax.jit, static_argnames=("config", "height", "settings", "bos", "eos",
-                                                        "want_logits"))
+def _compiled(*static: str) -> Callable:
+    return functools.partial(jax.jit, static_argnames=("config", *static))
 
 
-@_compiled
-def read_text(params: Params, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
+@_compiled()
+def read_text(weights: Weights, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"],
               *, config: ModelConfig) -> Context:
     """See `cache.append_text`."""
-    return cache.append_text(network(config).bind(params), context, tokens, lengths)[0]
+    return cache.append_text(network(config).bind(weights.model), context, tokens, lengths)[0]
 
 
-@_compiled
-def write(params: Params, context: Context, keys: Key[Array, "B"], *, config: ModelConfig, bos: int,
+@_compiled("bos", "eos", "settings", "want_logits")
+def write(weights: Weights, context: Context, keys: Key[Array, "B"], *, config: ModelConfig, bos: int,
           eos: int, settings: TextConfig, want_logits: bool = False) -> Written:
     """See `text.write_text`."""
-    return write_text(network(config).bind(params), context, keys, bos=bos, eos=eos, config=settings,
+    return write_text(network(config).bind(weights.model), context, keys, bos=bos, eos=eos, config=settings,
                       want_logits=want_logits)
 
 
-@_compiled
-def draw(params: Params, branches: Branches, noise: Float[Array, "B G P*P*Z"],
+@_compiled("settings")
+def draw(weights: Weights, branches: Branches, noise: Float[Array, "B G P*P*Z"],
          position: Int[Array, "G"], brackets: Int[Array, "2"], *, config: ModelConfig,
          settings: FlowConfig) -> Float[Array, "B G P*P*Z"]:
     """See `flow.draw_latent`."""
-    return draw_latent(network(config).bind(params), branches, noise, position, brackets, settings)
+    return draw_latent(network(config).bind(weights.model), branches, noise, position, brackets, settings)
 
 
-@_compiled
-def read_patches(params: Params, context: Context, patches: UInt8[Array, "B V P*P*3"],
-                 position: Int[Array, "V"], brackets: Int[Array, "2"], *, config: ModelConfig
-                 ) -> Context:
+@_compiled()
+def read_patches(weights: Weights, context: Context, patches: UInt8[Array, "B V P*P*3"],
+                 position: Int[Array, "V"], brackets: Int[Array, "2"], *,
+                 config: ModelConfig) -> Context:
     """See `cache.append_vit`."""
-    return cache.append_vit(network(config).bind(params), context, brackets, patches, position)
+    return cache.append_vit(network(config).bind(weights.model), context, brackets, patches, position)
 
 
-@_compiled
-def read_image(params: Params, vae: Params, context: Context, images: UInt8[Array, "B H W 3"],
+@_compiled()
+def read_image(weights: Weights, context: Context, images: UInt8[Array, "B H W 3"],
                keys: Key[Array, "B"] | None, position: Int[Array, "G"], brackets: Int[Array, "2"], *,
                config: ModelConfig) -> Context:
     """Encodes images and reads them as clean latents; with `keys` the posterior is sampled."""
-    coder, dtype = autoencoder(config).bind(vae), context.kv.key.dtype
+    coder, dtype = autoencoder(config).bind(weights.vae), context.kv.key.dtype
     latent, logvar = coder.encode(normalize_pixels(images, dtype))
     if keys is not None:
         noise = jax.vmap(lambda key: jax.random.normal(key, latent.shape[1:], latent.dtype))(keys)
         latent = latent + jnp.exp(0.5 * logvar) * noise
     tokens = pack_latent(coder.scale(latent), config.latent_patch_size)
-    return cache.append_latent(network(config).bind(params), context, brackets, tokens, position)
+    return cache.append_latent(network(config).bind(weights.model), context, brackets, tokens, position)
 
 
-@_compiled
-def decode(vae: Params, latent: Float[Array, "B G P*P*Z"], *, config: ModelConfig, height: int
+@_compiled("height")
+def decode(weights: Weights, latent: Float[Array, "B G P*P*Z"], *, config: ModelConfig, height: int
            ) -> UInt8[Array, "B H W 3"]:
     """Latent tokens to grey levels, rounded down as the original does; `height` counts tokens."""
-    dtype = jax.tree.leaves(vae)[0].dtype
+    dtype = jax.tree.leaves(weights.vae)[0].dtype
     image = unpack_latent(latent.astype(dtype), height, config.latent_patch_size)
-    pixels = autoencoder(config).bind(vae).decode(image).astype(jnp.float32)
+    pixels = autoencoder(config).bind(weights.vae).decode(image).astype(jnp.float32)
     return (jnp.clip(pixels * 0.5 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.config import ImageTransform
-from data_pipelines.images import grid_position, patchify, resize
+from data_pipelines.images import grid_position, patchify, resize, target_size
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Params
 from irg_jax.sampling import cache, programs
 from irg_jax.sampling.cache import Context
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, load_system_prompt
 from irg_jax.sampling.flow import Branches
+from irg_jax.sampling.text import Written
 
 NOISE, TEXT, POSTERIOR = range(3)  # what a random number is for
 
@@ -76,11 +76,11 @@ class Generator:
         dtype = jnp.dtype(config.dtype)
         to_device = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
         self.model_config, self.config, self.tokenizer = model.config, config, model.tokenizer
-        self._params, self._vae, self._dtype = to_device(model.params), to_device(model.vae), dtype
+        self._weights = programs.Weights(to_device(model.params), to_device(model.vae))
         self._draw_noise = draw_noise
         self._brackets = np.array([self.tokenizer.start_of_image, self.tokenizer.end_of_image],
                                   np.int32)
-        self._check_size(config.height, config.width)
+        self._latent_position(config.height, config.width)
         self._empty = cache.make_empty(model.config, 1, config.cache_multiple, dtype)
         prompt = load_system_prompt(config.system_prompt)
         self._system = self._append_text(self._empty, [prompt]) if prompt else self._empty
@@ -110,21 +110,25 @@ class Generator:
         Guidance as in BAGEL: away from the image without the instruction, and from the instruction
         without the image. Settings are those of turn 2 if `flow` is None.
         """
-        images = [resize(image, self.config.vae_transform) for image in images]
-        height, width = images[0].shape[:2]
-        self._check_size(height, width)
-        state = self.look(self._start(self._empty, seeds), images)
-        state = self._ask(state, instructions)
+        state = self.show(images, instructions, seeds=seeds)
+        width, height = target_size(*images[0].shape[1::-1], self.config.vae_transform)
         drawn = self.draw(state, flow=flow or self.config.turn2, height=height, width=width)
         return [Turn("", image) for image in drawn]
 
     def understand(self, images: Sequence[np.ndarray], questions: Sequence[str], *,
                    seeds: Sequence[int]) -> list[str]:
         """Answers a question about each image uint8 [H, W, 3]; all of one size, seen by the ViT."""
-        images = [resize(image, self.config.vae_transform) for image in images]
-        state = self.look(self._start(self._empty, seeds), images, use_vae=False)
-        state = self._ask(state, questions)
-        return self._decode(self.write(state))
+        return self._decode(self.write(self.show(images, questions, seeds=seeds, use_vae=False)))
+
+    def show(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seeds: Sequence[int],
+             use_vae: bool = True) -> State:
+        """Begins with images of the user and a text about each.
+
+        For editing the original resizes them by the VAE rule before both encoders do so by their own.
+        """
+        if use_vae:
+            images = [resize(image, self.config.vae_transform) for image in images]
+        return self._ask(self.look(self._start(self._empty, seeds), images, use_vae=use_vae), texts)
 
     def begin(self, prompts: Sequence[str], *, seeds: Sequence[int], system: bool = True) -> State:
         """Reads the prompts, after the system prompt if `system`."""
@@ -141,7 +145,7 @@ class Generator:
         height, width = height or self.config.height, width or self.config.width
         latent = self.draw_latent(state, flow=flow, height=height, width=width)
         rows = height // self.model_config.pixels_per_token
-        return np.asarray(programs.decode(self._vae, latent, config=self.model_config, height=rows))
+        return np.asarray(programs.decode(self._weights, latent, config=self.model_config, height=rows))
 
     def look(self, state: State, images: Sequence[np.ndarray], *, use_vae: bool = True) -> State:
         """Reads images uint8 [H, W, 3] of one size: as clean latents if `use_vae`, then by the ViT."""
@@ -151,11 +155,11 @@ class Generator:
         main = self._append_patches(main, images)
         return dataclasses.replace(state, main=main, turn=state.turn + 1)
 
-    def write(self, state: State, *, want_logits: bool = False) -> programs.Written:
+    def write(self, state: State, *, want_logits: bool = False) -> Written:
         """The next text as ids, see `text.Written`; the state is as it was."""
         settings = self.config.text
         context = self._reserve(state.main, settings.max_length)
-        return programs.write(self._params, context, _keys(state.seeds, state.turn, TEXT),
+        return programs.write(self._weights, context, _keys(state.seeds, state.turn, TEXT),
                               config=self.model_config, bos=self.tokenizer.bos,
                               eos=self.tokenizer.eos, settings=settings, want_logits=want_logits)
 
@@ -166,7 +170,7 @@ class Generator:
         position = self._latent_position(height, width)
         noise = self._draw_noise(state.seeds, state.turn, (len(position), config.latent_channels))
         branches = Branches(state.main, state.unasked, state.unseen)
-        return programs.draw(self._params, branches, noise, position, self._brackets, config=config,
+        return programs.draw(self._weights, branches, noise, position, self._brackets, config=config,
                              settings=flow or self.config.flow(state.turn))
 
     def _start(self, context: Context, seeds: Sequence[int]) -> State:
@@ -194,18 +198,49 @@ class Generator:
 
     def _append_latents(self, context: Context, images, state: State) -> Context:
         pixels = np.stack([resize(image, self.config.vae_transform) for image in images])
-        self._check_size(*pixels.shape[1:3])
         position = self._latent_position(*pixels.shape[1:3])
-        keys = None if self.config.posterior == "mean" else _keys(state.seeds, state.turn, POSTERIOR)
-        return self._append(programs.read_image, context, len(position) + 2, pixels, keys, position,
-                            self._brackets, before=(self._vae,))
+        is_sampled = self.config.posterior == "sample"
+        keys = _keys(state.seeds, state.turn, POSTERIOR) if is_sampled else None
+        return self._append(programs.read_image, context, len(position) + len(self._brackets),
+                            pixels, keys, position, self._brackets)
 
     def _append_patches(self, context: Context, images) -> Context:
-        config = self.model_config
         pixels = [resize(image, self.config.vit_transform) for image in images]
-        patch = config.vit.patch_size
-        position = grid_position(pixels[0].shape[0] // patch, pixels[0].shape[1] // patch,
-                                 config.vit_max_num_patch_per_side)
+        patch, side = self.model_config.vit.patch_size, self.model_config.vit_max_num_patch_per_side
+        position = grid_position(*(size // patch for size in pixels[0].shape[:2]), side)
         patches = np.stack([patchify(image, patch) for image in pixels])
-        return self._append(programs.read_patches, context, len(position) + 2, patches, position,
-                            self._brackets)
+        return self._append(programs.read_patches, context, len(position) + len(self._brackets),
+                            patches, position, self._brackets)
+
+    def _append(self, program: Callable[..., Context], context: Context, num_tokens: int,
+                *arguments: Any) -> Context:
+        context = self._reserve(context, num_tokens)
+        after = program(self._weights, context, *arguments, config=self.model_config)
+        # The host knows the length; reading it back would wait for the device.
+        return after._replace(length=context.length + num_tokens)
+
+    def _reserve(self, context: Context, num_tokens: int) -> Context:
+        capacity = _round_up(context.length + num_tokens, self.config.cache_multiple)
+        return cache.enlarge(context, capacity)
+
+    def _decode(self, written: Written) -> list[str]:
+        ids, lengths = np.asarray(written.ids), np.asarray(written.lengths)
+        return [self.tokenizer.decode(row[1:length]) for row, length in zip(ids, lengths)]
+
+    def _latent_position(self, height: int, width: int) -> np.ndarray:
+        """int32 [G] of an image; ValueError if its size is none the model can draw."""
+        pixels, side = self.model_config.pixels_per_token, self.model_config.max_latent_size
+        if height % pixels or width % pixels or max(height, width) > side * pixels:
+            raise ValueError(f"an image of {height} x {width} pixels does not suit the model; use "
+                             f"multiples of {pixels} up to {side * pixels}")
+        return grid_position(height // pixels, width // pixels, side)
+
+
+def _keys(seeds: np.ndarray, turn: int, purpose: int) -> jax.Array:
+    """Random keys [B] that no other prompt, turn or purpose shares."""
+    data = jnp.uint32(3 * turn + purpose)
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), data))(seeds)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,38 @@
+"""IRGL stage 1 of the paper, for BAGEL-7B-MoT on a pod (14.6 B parameters): all six modes, 2,000 steps.
+
+    python -m irg_jax.train --config configs/irgl_stage1.py --workdir RUN \
+        --config.init_from=BAGEL_CHECKPOINT --config.data.source=IRGL_300K
+
+Values are the released run.sh and yaml (docs/design.md); `packs_per_step` is the 8 ranks of 40,000 tokens.
+Never trained by us: no weights and no data set were published.
+"""
+
+import ml_collections
+
+GROUPS = {
+    "initial_full_learning": {"weight": 1.0, "is_mandatory": True},
+    "improving_full_learning": {"weight": 1.0, "is_mandatory": True},
+    "initial_thinking_generation_learning": {"weight": 0.5, "is_mandatory": True},
+    "improving_thinking_generation_learning": {"weight": 0.5, "is_mandatory": True},
+    "initial_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
+    "improving_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({
+        "stage": "stage1",
+        "init_from": "BAGEL-7B-MoT",
+        "total_steps": 2000,
+        "save_every": 1000,
+        "loss": {"timestep_shift": 4.0, "posterior": "sample"},
+        "optimizer": {"learning_rate": 2e-5, "warmup_steps": 500, "eps": 1e-15, "ema_decay": 0.995},
+        "data": {
+            "source": "IRGL-300K",
+            "split": "",
+            "groups": GROUPS,
+            "packs_per_step": 8,
+            "text_tokens": 8192, "vit_tokens": 16384, "latent_tokens": 16384, "images": 8,
+            "vae_dropout": 0.3,
+        },
+    })

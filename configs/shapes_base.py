@@ -1,0 +1,58 @@
+"""The miniature's base checkpoint, standing for BAGEL-7B-MoT: tokenizer, autoencoder, network.
+
+    python -m irg_jax.make_base --config configs/shapes_base.py \
+        --workdir runs/shapes_base --out runs/shapes_base/export
+
+builds the data set, trains a tokenizer, the autoencoder and then the network on plain text-to-image,
+understanding and short descriptions (no reflection, no IRGL), and exports in the released layout in bf16.
+Interrupted, the same command resumes. About 50 minutes on two CPU cores; `docs/log.md` has its curves.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({
+        "data_config": "configs/shapes_base_data.py",
+        "vocab_size": 512,
+        "llm": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 5,
+                "num_attention_heads": 6, "num_key_value_heads": 2},
+        "vit": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3,
+                "num_attention_heads": 4},
+        "vae": {"ch": 32, "ch_mult": (1, 1, 2, 2), "num_res_blocks": 1, "z_channels": 8},
+        "max_latent_size": 8,
+        "vit_max_num_patch_per_side": 8,
+        "autoencoder": {
+            "total_steps": 1600,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "kl_weight": 1e-5,
+            "crop": 32, "full_steps": 250,
+            "num_images": 6000,
+            "save_every": 200,
+            "seed": 0,
+        },
+        "train": {
+            "stage": "base",
+            "init_from": "initial",          # written by make_base: fresh weights, trained autoencoder
+            "total_steps": 500,
+            "dtype": "float32",
+            "remat": False,
+            "save_every": 100,
+            "loss": {"timestep_shift": 1.5, "vae_batch": 32},
+            "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 50, "schedule": "cosine",
+                          "eps": 1e-8, "b2": 0.98, "ema_decay": 0.99},
+            "data": {
+                "source": "data",            # below the workdir
+                "groups": {"text_to_image": {"weight": 3.0}, "description": {"weight": 1.5},
+                           "understanding": {"weight": 0.5}},
+                "packs_per_step": 8,
+                "text_tokens": 320, "vit_tokens": 32, "latent_tokens": 128, "images": 8,
+                "max_tokens_per_record": 320,
+                "text_dropout": 0.1, "vit_dropout": 0.0, "vae_dropout": 0.0,
+                "vae_transform": {"stride": 16, "max_size": 64, "min_size": 64},
+                "vit_transform": {"stride": 14, "max_size": 56, "min_size": 56},
+                "max_latent_size": 8, "vit_max_side": 8,
+            },
+        },
+    })

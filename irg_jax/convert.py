@@ -1,0 +1,67 @@
+"""Imports released weights: `python -m irg_jax.convert --source DIR --target DIR`.
+
+DIR in the layout of the BAGEL release (`checkpoints/bagel.py`) becomes a model checkpoint
+(`checkpoints/model.py`). A target that was made from the same files is left as it is.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines import command
+from irg_jax.checkpoints import names
+from irg_jax.checkpoints.bagel import import_folder, source_digests
+from irg_jax.checkpoints.model import DESCRIPTION, Model, load_description, save_model
+
+
+def convert(source: str | pathlib.Path, target: str | pathlib.Path, *,
+            overwrite: bool = False) -> str:
+    """Imports `source` and writes `target`, whole or not at all; returns what happened, for people.
+
+    Raises: ValueError as `import_folder` does, and if `target` holds anything but this very
+        conversion (another model checkpoint is replaced with `overwrite`).
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    digests = source_digests(source)
+    if (target / DESCRIPTION).is_file() and not overwrite:
+        if load_description(target)[1].get("source") == digests:
+            return f"{target} is already the conversion of {source}"
+        raise ValueError(f"{str(target)!r} holds another model; pass --overwrite to replace it, or "
+                         "choose another --target")
+    model = import_folder(source)
+    save_model(target, model, source=digests, replace=overwrite)
+    return f"converted {source} to {target}\n{coverage(model)}"
+
+
+def coverage(model: Model) -> str:
+    """What an import used and filled: every tensor and every parameter, or it had failed."""
+    config = model.config
+    rebuilt = [table.name for table in names.fixed_tables(config)]
+    tokens = f"{model.tokenizer.vocab_size} ids" if model.tokenizer else "none in the source"
+    return "\n".join([
+        f"network:     {len(names.model_slots(config))} tensors -> {_count(model.params)}",
+        f"  rebuilt:   {len(rebuilt)} fixed tables ({', '.join(rebuilt)})",
+        f"autoencoder: {len(names.vae_slots(config.vae))} tensors -> {_count(model.vae)}",
+        f"tokenizer:   {tokens}",
+        f"a sha256 of each parameter and of each source file is in {DESCRIPTION}"])
+
+
+def _count(params: dict) -> str:
+    leaves = jax.tree.leaves(params)
+    dtypes = sorted({np.dtype(leaf.dtype).name for leaf in leaves})
+    size = sum(leaf.size for leaf in leaves)
+    return f"{len(leaves)} parameters of {size:,} values ({' '.join(dtypes)})"
+
+
+def main(values) -> None:
+    print(convert(values.source, values.target, overwrite=values.overwrite))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("source", None, "Folder in the layout of the BAGEL release.")
+    flags.DEFINE_string("target", None, "Folder of the model checkpoint to write.")
+    flags.DEFINE_bool("overwrite", False, "Replace another model checkpoint in --target.")
+    flags.mark_flags_as_required(["source", "target"])
+    command.run(main)

@@ -1,0 +1,33 @@
+"""Writes a model for use elsewhere.
+
+    python -m irg_jax.export --checkpoint DIR --format bagel|orbax --out DIR \\
+        [--dtype float32|bfloat16]
+
+The checkpoint is a model checkpoint, or a stage folder of a run, whose newest EMA is taken. `bagel`
+is the layout of the BAGEL release, `orbax` a model checkpoint for inference with this package.
+"""
+
+from absl import flags
+
+from data_pipelines import command
+from irg_jax.checkpoints.bagel import export_folder
+from irg_jax.checkpoints.model import DTYPES, cast, load_model, save_model
+
+
+def main(values) -> None:
+    model = load_model(values.checkpoint)
+    if values.format == "bagel":
+        export_folder(model, values.out, dtype=values.dtype)
+    else:
+        save_model(values.out, cast(model, values.dtype))
+    print(f"exported {values.checkpoint} to {values.out}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "A model checkpoint or a stage folder (RUN/stage2).")
+    flags.DEFINE_enum("format", None, ["bagel", "orbax"], "What to write.")
+    flags.DEFINE_string("out", None, "Folder to write; absent or empty.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the network; by default the checkpoint's. The "
+                      "autoencoder keeps its own.")
+    flags.mark_flags_as_required(["checkpoint", "format", "out"])
+    command.run(main)

@@ -1,0 +1,112 @@
+"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, network, export.
+
+    python -m irg_jax.make_base --config configs/shapes_base.py \
+        --workdir runs/shapes_base --out runs/shapes_base/export
+
+Every step is skipped if its result is there, and training resumes.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipelines import command
+from data_pipelines.build import build
+from data_pipelines.config import BuildConfig, from_config_dict, load_config
+from data_pipelines.pictures import load_pictures
+from data_pipelines.records import TextPart, parse_conversation
+from data_pipelines.sources import ParquetSource
+from data_pipelines.tokenizer import Tokenizer, train_tokenizer
+from irg_jax.checkpoints.bagel import export_folder
+from irg_jax.checkpoints.model import Model, load_model, save_model
+from irg_jax.config import TrainConfig
+from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from irg_jax.models.functional import Functional
+from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.training.autoencoder import AutoencoderConfig, measure_latents, train_autoencoder
+from irg_jax.training.loop import train
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseConfig:
+    """The recipe of a base checkpoint; paths of `train` are below the workdir."""
+
+    data_config: str
+    vocab_size: int
+    llm: dict[str, int]
+    vit: dict[str, int]
+    vae: VAEConfig
+    max_latent_size: int
+    vit_max_num_patch_per_side: int
+    autoencoder: AutoencoderConfig
+    train: TrainConfig
+
+    def model(self, vae: VAEConfig, vocab_size: int) -> ModelConfig:
+        return ModelConfig(LLMConfig(vocab_size=vocab_size, **self.llm), ViTConfig(**self.vit), vae,
+                           max_latent_size=self.max_latent_size,
+                           vit_max_num_patch_per_side=self.vit_max_num_patch_per_side)
+
+
+def make_tokenizer(data: pathlib.Path, vocab_size: int) -> Tokenizer:
+    """A byte-level BPE over all texts of the data set, and of IRGL's records, which use the same words."""
+    texts = []
+    for folder in sorted((data / "train").iterdir()):
+        source = ParquetSource(folder)
+        for index in range(min(len(source), 2000)):
+            record = parse_conversation(source[index].text, mode=folder.name, place=source[index].place)
+            texts += [part.text for part in record.parts if isinstance(part, TextPart)]
+    return train_tokenizer(texts + reasoning_texts(), vocab_size=vocab_size)
+
+
+def reasoning_texts() -> list[str]:
+    """Texts of IRGL records: their words get tokens, the network never sees them before stage 1."""
+    from data_pipelines.shapes.records import MODES, generator, record
+    texts = []
+    for mode in MODES:
+        for index in range(300):
+            turns = record(mode, generator(7, mode, index), split="train", side=64)
+            conversation = parse_conversation(json.dumps(turns), mode=mode, place=f"{mode} {index}")
+            texts += [part.text for part in conversation.parts if isinstance(part, TextPart)]
+    return texts
+
+
+def prepare(config: BaseConfig, workdir: pathlib.Path) -> None:
+    """WORKDIR/initial: trained tokenizer and autoencoder, fresh network."""
+    data = workdir / "data"
+    build(from_config_dict(BuildConfig, load_config(config.data_config)), out=data)
+    if (workdir / "initial").exists():
+        return
+    tokenizer = make_tokenizer(data, config.vocab_size)
+    images = load_pictures(data / "train", count=config.autoencoder.num_images)
+    vae = Functional(lambda rngs: make_autoencoder(config.model(config.vae, config.vocab_size), rngs=rngs))
+    vae_params = train_autoencoder(vae, config.autoencoder, images, workdir / "autoencoder")
+    vae_config = measure_latents(vae, vae_params, config.vae, images[:1000])
+    model = config.model(vae_config, tokenizer.vocab_size)
+    params = jax.jit(lambda: Functional(lambda rngs: IRG(model, rngs=rngs)).init(config.train.seed))()
+    host = lambda tree: jax.tree.map(np.asarray, tree)
+    save_model(workdir / "initial", Model(model, tokenizer, host(params), host(vae_params)))
+
+
+def main(values) -> None:
+    config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
+    prepare(config, workdir)
+    stage = dataclasses.replace(
+        config.train, init_from=str(workdir / config.train.init_from),
+        data=dataclasses.replace(config.train.data, source=str(workdir / config.train.data.source)))
+    if train(stage, workdir) < stage.total_steps:
+        return
+    export_folder(load_model(workdir / stage.stage), values.out, dtype="bfloat16")
+    print(f"wrote {values.out}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The recipe, configs/shapes_base.py.")
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("out", None, "Folder of the finished checkpoint, in the released layout.")
+    flags.mark_flags_as_required(["config", "workdir", "out"])
+    command.run(main)
