@@ -44,7 +44,7 @@ def config(base, **fields) -> TrainConfig:
     groups = (GroupConfig("full", 1.0, True), GroupConfig("improving", 1.0))
     return TrainConfig(**({
         "stage": "stage1", "init_from": str(base / "base"), "total_steps": 5, "save_every": 2,
-        "dtype": "float32", "remat": False, "mesh": MeshConfig(),
+        "dtype": "float32", "remat": False, "mesh": MeshConfig(fsdp=2, context=4),
         "loss": LossConfig(vae_batch=4), "optimizer": OptimizerConfig(learning_rate=1e-3),
         "data": data_config(source=str(base / "data"), groups=groups, packs_per_step=4)} | fields))
 
@@ -78,6 +78,8 @@ def test_a_signal_saves_and_the_same_command_resumes_bit_for_bit(undisturbed, ba
     reached = train(config(base), base / "interrupted")
     assert 1 < reached < 5
     monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"stopped at step {reached} of 5"):
+        train(config(base, stage="stage2", init_from="stage1:ema"), base / "interrupted")
     assert train(config(base), base / "interrupted") == 5
     assert metrics(base / "interrupted" / "stage1") == undisturbed
     one, other = (load_model(base / run / "stage1").params for run in ("run", "interrupted"))
@@ -118,6 +120,11 @@ def test_a_model_of_another_shape_is_refused(base):
     wrong = dataclasses.replace(config(base).data, max_latent_size=16, vit_max_side=9)
     with pytest.raises(ValueError, match="max_latent_size is 16.*; data.vit_max_side is 9"):
         train(config(base, data=wrong), base / "refused")
+
+
+def test_packs_that_cannot_be_dealt_are_refused(base):
+    with pytest.raises(ValueError, match="is 4; it must be a multiple of mesh.data \\* mesh.fsdp = 8"):
+        train(config(base, mesh=MeshConfig()), base / "refused")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(base):

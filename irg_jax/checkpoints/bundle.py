@@ -16,12 +16,12 @@ FOLDER = "checkpoints"
 
 
 class Bundles:
-    """Checkpoints of one stage; saves in the background, keeps the latest `keep`."""
+    """Checkpoints of one stage; saves in the background, keeps the latest `keep` (None: all)."""
 
-    def __init__(self, stage: pathlib.Path, *, keep: int):
+    def __init__(self, stage: pathlib.Path, *, keep: int | None):
         self._checkpointer = ocp.training.Checkpointer(
             stage.absolute() / FOLDER, cleanup_tmp_directories=True,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep) if keep else None)
 
     def latest(self) -> int | None:
         """The newest complete step."""

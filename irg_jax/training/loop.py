@@ -69,7 +69,20 @@ def open_model(config: TrainConfig, workdir: pathlib.Path) -> Model:
         return load_model(source)
     if weights != "ema" or "/" in source:
         raise ValueError(f"init_from is {config.init_from!r}; use a checkpoint's folder or '<stage>:ema'")
+    check_finished(workdir / source)
     return load_model(workdir / source)
+
+
+def check_finished(folder: pathlib.Path) -> None:
+    """Raises ValueError if a stage was stopped before its last step: the next would start from less."""
+    try:
+        wanted = json.loads((folder / "config.json").read_text())["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no trained stage ({error})") from error
+    with contextlib.closing(Bundles(folder, keep=None)) as bundles:
+        reached = bundles.latest() or 0
+    if reached < wanted:
+        raise ValueError(f"{folder} stopped at step {reached} of {wanted}; finish that stage first")
 
 
 def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
@@ -81,6 +94,14 @@ def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
                                 transform_non_params=lambda _: scalar)
     return Placement(TrainState(scalar, params, opt, params),
                      param_shardings(vae.axes, vae.shapes, mesh), batch_sharding(mesh), scalar)
+
+
+def check_share(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if the packs of a part cannot be dealt evenly over the batch axes."""
+    packs, ways = config.data.packs_per_step // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
+    if packs % ways:
+        raise ValueError(f"data.packs_per_step / accumulate is {packs}; it must be a multiple of mesh.data * "
+                         f"mesh.fsdp = {ways}. Change either, or move devices to mesh.context or mesh.tensor")
 
 
 class Trainer:
@@ -97,6 +118,7 @@ class Trainer:
         self.model = Functional(lambda rngs: IRG(source.config, rngs=rngs))
         self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
         self.mesh = make_mesh(config.mesh)
+        check_share(config, self.mesh)
         self.data = make_iterator(config.data, source.tokenizer, start=self.start,
                                   process_index=jax.process_index(), process_count=jax.process_count())
         self.optimizer = make_optimizer(config.optimizer, config.total_steps, self.model.shapes)

@@ -1,0 +1,83 @@
+"""The decoding loop against a plain one that reads the whole text again for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from irg_jax.sampling import cache
+from irg_jax.sampling.config import TextConfig
+from irg_jax.sampling.text import write_text
+from sampling_cases import CONFIG, append, bound, distance
+
+BOS, LONGEST = 3, 9
+PROMPTS = np.array([[7, 8, 9, 10], [11, 12, 0, 0], [13, 0, 0, 0]], np.int32)
+LENGTHS = np.array([4, 2, 1], np.int32)
+
+
+def contexts(rows=slice(None)):
+    start = cache.make_empty(CONFIG, len(LENGTHS[rows]), 16, jnp.float32)
+    return append(start, PROMPTS[rows], LENGTHS[rows])[0]
+
+
+def keys(seeds) -> jax.Array:
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
+def write(rows, seeds, config: TextConfig, *, eos: int = -1, want_logits: bool = False):
+    return jax.jit(lambda context, keys: write_text(
+        bound(), context, keys, bos=BOS, eos=eos, config=config, want_logits=want_logits))(
+            contexts(rows), keys(seeds))
+
+
+def plain_greedy(prompt: list[int], length: int) -> tuple[list[int], list[np.ndarray]]:
+    ids, logits = [BOS], []
+    for _ in range(length):
+        read = [*prompt, *ids]
+        tokens = np.array([read + [0] * (16 - len(read))], np.int32)
+        _, hidden = append(cache.make_empty(CONFIG, 1, 16, jnp.float32), tokens,
+                           np.array([len(read)], np.int32))
+        logits.append(np.asarray(hidden[0, len(read) - 1] @ bound().lm_head.kernel[...]))
+        ids.append(int(logits[-1].argmax()))
+    return ids[:-1], logits
+
+
+def test_greedy_equals_a_plain_loop_and_stops_where_the_text_ends():
+    greedy = TextConfig(max_length=LONGEST, do_sample=False)
+    expected = [plain_greedy(row[:length].tolist(), LONGEST)
+                for row, length in zip(PROMPTS, LENGTHS)]
+    written = write([0, 1, 2], [0, 1, 2], greedy, want_logits=True)
+    for i, (ids, logits) in enumerate(expected):
+        assert np.asarray(written.ids[i]).tolist() == ids and int(written.lengths[i]) == LONGEST
+        assert distance(written.logits[i], np.stack(logits)) < 1e-5
+
+    # A token of the first text taken as the end: every text stops before its first occurrence.
+    eos = next(token for token in expected[0][0][2:] if token != BOS)
+    stopped = write([0, 1, 2], [0, 1, 2], greedy, eos=eos)
+    assert stopped.logits is None
+    for i, (ids, _) in enumerate(expected):
+        length = ids.index(eos) if eos in ids else LONGEST
+        assert int(stopped.lengths[i]) == length
+        assert np.asarray(stopped.ids[i, :length]).tolist() == ids[:length]
+    assert int(stopped.lengths[0]) < LONGEST
+
+
+def test_sampled_texts_depend_on_their_own_key_alone():
+    config = TextConfig(max_length=LONGEST, temperature=1.0)
+    ids = lambda rows, seeds: np.asarray(write(rows, seeds, config).ids)
+    together = ids([0, 1, 2], [5, 6, 7])
+    np.testing.assert_array_equal(ids([2, 0, 1], [7, 5, 9])[:2], together[[2, 0]])
+    again = ids([0, 0, 0], [5, 6, 5])
+    assert (again[0] == again[2]).all() and (again[0] != again[1]).any()
+
+
+def test_tokens_are_drawn_from_the_tempered_distribution():
+    count, temperature = 4000, 3.0
+    written = write([0] * count, range(count), TextConfig(max_length=2, temperature=temperature),
+                    want_logits=True)
+    logits = np.asarray(written.logits[0, 0], np.float64) / temperature
+    expected = np.exp(logits - logits.max())
+    expected /= expected.sum()
+    drawn = np.bincount(np.asarray(written.ids[:, 1]), minlength=len(expected)) / count
+    spread = np.sqrt(expected * (1 - expected) / count)
+    assert (expected > 0.02).sum() > 2, "the test needs a distribution with several likely tokens"
+    assert (np.abs(drawn - expected) < 5 * spread + 1 / count).all()
