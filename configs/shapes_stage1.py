@@ -23,7 +23,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage1 has the sizes full and quick, not {size!r}")
-    steps = 150 if size == "full" else 4
+    steps = 60 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage1",
         "init_from": "runs/shapes/base",
@@ -32,7 +32,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "remat": False,
         "save_every": 50,
         "loss": {"timestep_shift": 1.5, "vae_batch": 16},
-        "optimizer": {"learning_rate": 5e-4, "warmup_steps": min(20, steps // 2), "eps": 1e-8,
+        "optimizer": {"learning_rate": 5e-4, "warmup_steps": min(10, steps // 2), "eps": 1e-8,
                       "ema_decay": 0.97},
         "data": {
             "source": "runs/shapes/data",

@@ -28,7 +28,7 @@ def _call(main: Callable[[Any], None], argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(argv)
+        rest = _read_flags(argv)
         for name in flags.FLAGS:
             # A config file that does not load becomes an object that raises on its first use.
             getattr(flags.FLAGS[name].value, "items", None)
@@ -40,6 +40,13 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {flag} names no config field{hint}")
     except (flags.Error, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def _read_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # absl's --help ends with status 1; being helped is no failure
+        sys.exit(0)
 
 
 def _leaf(flag: str) -> str:

@@ -27,8 +27,8 @@ from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.shapes import HeldOut, digest_prompts, make_result, read_prompts
-from irg_jax.generate import describe_settings, in_batches, load_generator
 from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Turn
 
 
@@ -63,10 +63,10 @@ def evaluate(prompts: Sequence[HeldOut], *, config: SamplingConfig, checkpoints:
     progress = tqdm(total=len(prompts) * len(wanted), initial=len(recorder.done), unit="image",
                     disable=None)
     for name, (systems, draw) in MODELS.items():
-        generator, weights = load_generator(checkpoints[name], config)
+        generator, weights = load_generator(
+            checkpoints[name], config,
+            prompts={f"prompt {prompt.id}": prompt.prompt for prompt in prompts})
         recorder.identify(name, weights)
-        for prompt in prompts:
-            generator.tokenizer.reject_control_tokens(prompt.prompt, where=f"prompt {prompt.id}")
         missing = [prompt for prompt in prompts
                    if not all((prompt.id, system) in recorder.done for system in systems)]
         for batch, padded in in_batches(missing, batch_size):
@@ -108,7 +108,8 @@ def main(values: Any) -> None:
         recorder.finish(prompts=len(prompts), seed=values.seed, versions=versions,
                         settings=settings | {"batch_size": batch_size},
                         command=shlex.join(["python", "-m", "irg_jax.evaluate", *sys.argv[1:]]))
-    print(f"{'evaluated' if is_new else 'already evaluated:'} {len(prompts)} prompts in {values.out}")
+    done = "evaluated" if is_new else "already evaluated:"
+    print(f"{done} {len(prompts)} prompts in {values.out}")
 
 
 if __name__ == "__main__":

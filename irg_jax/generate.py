@@ -11,16 +11,12 @@ One folder a prompt, which takes its name when it is whole: after an interruptio
 draws only what is missing. `--config.text.temperature=0.5` overrides a field.
 """
 
-import dataclasses
-import hashlib
 import json
-import logging
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 from PIL import Image
@@ -28,15 +24,13 @@ from tqdm import tqdm
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
-from irg_jax.checkpoints.model import Model, digest, load_model
 from irg_jax.evaluation.drawing import compose_trajectory
-from irg_jax.sampling.config import SamplingConfig, load_system_prompt, name_system_prompt
+from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Turn
 
-T = TypeVar("T")
 REQUEST = "prompt.json"
 SHOWN_SIDE = 256         # small images are enlarged to about this in the composed picture
-RELEASED_VOCAB = 152064  # tells released weights from a model of one's own
 
 
 def generate(prompts: Sequence[str], *, generator: Generator, seed: int, num_turns: int,
@@ -45,14 +39,12 @@ def generate(prompts: Sequence[str], *, generator: Generator, seed: int, num_tur
 
     All prompts have the same seed, so what is drawn for one depends on no other.
 
-    Raises: ValueError if a prompt holds a control token, or `out` holds anything else than parts of
-        this very run.
+    Raises: ValueError if `out` holds anything else than parts of this very run.
     """
     out = pathlib.Path(out)
     settings = describe_settings(generator.config)
     requests = {}
     for number, prompt in enumerate(prompts):
-        generator.tokenizer.reject_control_tokens(prompt, where=f"prompt {number + 1}")
         request = {"prompt": prompt, "seed": seed, "num_turns": num_turns, "checkpoint": checkpoint,
                    "settings": settings}
         if not _is_drawn(out / f"{number:04d}", request):
@@ -69,26 +61,8 @@ def generate(prompts: Sequence[str], *, generator: Generator, seed: int, num_tur
     return len(requests)
 
 
-def load_generator(path: str, config: SamplingConfig) -> tuple[Generator, dict[str, str]]:
-    """A generator with the weights of a checkpoint, and which these are: path and sha256.
-
-    Raises: ValueError if there is no sound checkpoint, or it has no tokenizer.
-    """
-    model = load_model(path)
-    if model.tokenizer is None:
-        raise ValueError(f"{path!r} has no tokenizer.json; convert the model again, with it beside "
-                         "the weights")
-    prompt = load_system_prompt(config.system_prompt)
-    name = name_system_prompt(prompt)
-    logging.info("system prompt: %s (%d characters)", name or "own wording", len(prompt))
-    if name is None and model.config.llm.vocab_size == RELEASED_VOCAB:
-        logging.warning("released weights run with another system prompt than they were trained "
-                        "with; set system_prompt to @FILE with the published text")
-    return Generator(model, config), {"path": str(path), "sha256": _digest_weights(model)}
-
-
 def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """One prompt a line, or in a .jsonl file the field "prompt" of each line; empty lines count not.
+    """One prompt a line, or the field "prompt" of each line of a .jsonl; empty lines do not count.
 
     Raises: ValueError naming file and line.
     """
@@ -104,29 +78,6 @@ def read_prompts(path: str | pathlib.Path) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompt")
     return prompts
-
-
-def in_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], list[T]]]:
-    """(batch, the same filled up to `size`): one shape for all, so one compilation."""
-    for start in range(0, len(items), size):
-        batch = items[start:start + size]
-        yield batch, [*batch, *[batch[-1]] * (size - len(batch))]
-
-
-def describe_settings(config: SamplingConfig) -> dict[str, Any]:
-    """What decides how an image looks, as JSON; how many are drawn at once does not."""
-    fields = dataclasses.asdict(config)
-    del fields["batch_size"]
-    fields["system_prompt"] = load_system_prompt(config.system_prompt)
-    return json.loads(json.dumps(fields))
-
-
-def _digest_weights(model: Model) -> str:
-    leaves = jax.tree_util.tree_leaves_with_path({"model": model.params, "vae": model.vae})
-    whole = hashlib.sha256()
-    for path, leaf in leaves:
-        whole.update(f"{jax.tree_util.keystr(path)} {digest(leaf)}\n".encode())
-    return whole.hexdigest()
 
 
 def _read_line(line: str, place: str) -> str:
@@ -150,8 +101,8 @@ def _is_drawn(folder: pathlib.Path, request: dict[str, Any]) -> bool:
                          "another --out") from error
     differing = [key for key in request if found.get(key) != request[key]]
     if differing:
-        raise ValueError(f"{str(folder)!r} holds another drawing (its {', '.join(differing)} differ); "
-                         "choose another --out, or remove it")
+        raise ValueError(f"{str(folder)!r} holds another drawing (its {', '.join(differing)} "
+                         "differ); choose another --out, or remove it")
     return True
 
 
@@ -178,7 +129,9 @@ def main(values: Any) -> None:
     if any(not prompt.strip() for prompt in values.prompt or ()):
         raise ValueError("--prompt is empty; say what to draw")
     prompts = values.prompt or read_prompts(values.prompts)
-    generator, checkpoint = load_generator(values.checkpoint, config)
+    generator, checkpoint = load_generator(
+        values.checkpoint, config,
+        prompts={f"prompt {number}": prompt for number, prompt in enumerate(prompts, 1)})
     count = generate(prompts, generator=generator, seed=values.seed,
                      num_turns=values.num_turns or config.num_turns,
                      batch_size=values.batch or config.batch_size, checkpoint=checkpoint,

@@ -1,15 +1,18 @@
 """Small models and sources for the tests of checkpoints, and ways to spoil them."""
 
+import json
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 from irg_jax.checkpoints import names
+from irg_jax.checkpoints.bagel import import_folder
 from irg_jax.checkpoints.model import Model
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
@@ -88,3 +91,13 @@ def contents(folder: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     """Every file below a folder, hidden ones too, with its bytes."""
     for path in sorted(folder.rglob("*")):
         yield path.relative_to(folder).as_posix(), path.read_bytes() if path.is_file() else b""
+
+
+def refusal(source) -> str:
+    with pytest.raises(ValueError) as caught:
+        import_folder(source)
+    return str(caught.value)
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))

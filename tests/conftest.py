@@ -27,6 +27,23 @@ def golden_dir(request) -> pathlib.Path:
     return pathlib.Path(request.config.getoption("--golden"))
 
 
+@pytest.fixture(scope="session")
+def sound_source(tmp_path_factory) -> pathlib.Path:
+    """A small model in the released layout."""
+    from checkpoint_cases import make_model, make_tokenizer
+    from irg_jax.checkpoints.bagel import export_folder
+    folder = tmp_path_factory.mktemp("sound") / "source"
+    export_folder(make_model(tokenizer=make_tokenizer()), folder)
+    return folder
+
+
+@pytest.fixture
+def source(sound_source, tmp_path) -> pathlib.Path:
+    """A copy of it, to be spoiled."""
+    from checkpoint_cases import copy_source
+    return copy_source(sound_source, tmp_path / "source")
+
+
 def pytest_terminal_summary(terminalreporter):
     """The measured distance to the original, module by module, as docs/parity.md lists it."""
     report = getattr(__import__("sys").modules.get("parity_cases"), "REPORT", {})

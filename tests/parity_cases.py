@@ -1,5 +1,6 @@
 """What the parity tests share: the golden set, the model loaded from it, and measured errors."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -8,11 +9,14 @@ import numpy as np
 
 from data_cases import FakeTokenizer, Golden
 from data_pipelines.batch import PackedBatch, Rows
+from data_pipelines.config import ImageTransform
 from data_pipelines.packing import assemble
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bagel import import_folder
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder, pack_latent
+from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
+from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import Flow, LossConfig, make_flow
 from irg_jax.training.optimizer import OptimizerConfig
 from irg_jax.training.step import StepConfig
@@ -67,7 +71,8 @@ class ParityCase:
     def to_torch(self, tree: Params) -> dict[str, np.ndarray]:
         """Parameters or gradients under their torch names."""
         flat = names.flatten(tree)
-        return {slot.name: slot.to_torch(np.asarray(flat[slot.path])) for slot in names.model_slots(self.config)}
+        return {slot.name: slot.to_torch(np.asarray(flat[slot.path]))
+                for slot in names.model_slots(self.config)}
 
     def step_config(self, **fields) -> StepConfig:
         """The golden optimiser run."""
@@ -90,3 +95,73 @@ def batched_rows(length: int, lengths: list[int]) -> Rows:
     last = np.repeat(np.cumsum(lengths) - 1, lengths).astype(np.int32)
     zero = np.zeros_like(order)
     return Rows(*(jnp.asarray(x)[None] for x in (order, zero, span, last, zero.astype(bool), zero)))
+
+
+class NumberTokenizer:
+    """Ids as text: "3 11 206"."""
+
+    def __init__(self, special: dict[str, int]):
+        self.bos, self.eos = special["bos_token_id"], special["eos_token_id"]
+        self.start_of_image, self.end_of_image = special["start_of_image"], special["end_of_image"]
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids) -> str:
+        return " ".join(map(str, ids))
+
+
+def flow(values: dict) -> FlowConfig:
+    return FlowConfig(**{**values, "cfg_interval": tuple(values["cfg_interval"])})
+
+
+def transform(values: list[int]) -> ImageTransform:
+    return ImageTransform(*values)
+
+
+def numbers(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def generator(case: ParityCase, noise: list[str], values: dict, **fields) -> Generator:
+    """A generator in float32 whose image of turn i starts from the golden array noise[i]."""
+    config = SamplingConfig(
+        vae_transform=transform(values["vae_transform"]), posterior="mean", dtype="float32",
+        vit_transform=transform(values["vit_transform"]), text_multiple=8, cache_multiple=32,
+        **{"height": values["height"], "width": values["width"], **fields})
+    tokenizer = NumberTokenizer(case.values["special_tokens"])
+    model = dataclasses.replace(case.model, tokenizer=tokenizer)
+    draw_noise = lambda seeds, turn, shape: jnp.asarray(case.arrays[noise[turn]]).reshape(1, *shape)
+    return Generator(model, config, draw_noise=draw_noise)
+
+
+def trajectory_generator(case: ParityCase) -> Generator:
+    """Generates as the golden two-turn trajectory did."""
+    values = case.values["infer"]
+    return generator(case, ["infer.noise1", "infer.noise2"], values,
+                     system_prompt=numbers(values["system"]), turn1=flow(values["turn1"]),
+                     turn2=flow(values["turn2"]),
+                     text=TextConfig(max_length=values["max_length"], do_sample=False))
+
+
+def thought(generator: Generator, state) -> list[int]:
+    written = generator.write(state)
+    return np.asarray(written.ids)[0, :int(written.lengths[0])].tolist()
+
+
+def grey_levels(name: str, actual, expected) -> None:
+    error = int(np.abs(actual.astype(int) - expected.astype(int)).max())
+    REPORT[f"{name}, grey levels"] = error
+    assert error <= 1, f"{name}: grey levels differ by up to {error}"
+
+
+def first_turn(case: ParityCase, trajectory: Generator):
+    """The state after the golden think1."""
+    values = case.values["infer"]
+    return trajectory.think(trajectory.begin([numbers(values["prompt"])], seeds=[0]),
+                            [numbers(values["think1"])])[1]
+
+
+def second_turn(case: ParityCase, trajectory: Generator):
+    """The state that has looked at the golden image1."""
+    return trajectory.look(first_turn(case, trajectory), [case.arrays["infer.image1_uint8"]])

@@ -10,9 +10,8 @@ from data_cases import WORDS
 from data_pipelines.config import ImageTransform
 from data_pipelines.tokenizer import train_tokenizer
 from irg_jax.checkpoints.model import Model
-from irg_jax.models.config import LLMConfig, ModelConfig, ViTConfig, VAEConfig
-from irg_jax.models.functional import Functional
-from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from irg_jax.models.irg import IRG
 from irg_jax.sampling import programs
 from irg_jax.sampling.cache import Context, append_text, predict_velocity
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
@@ -21,8 +20,8 @@ CONFIG = ModelConfig(
     LLMConfig(vocab_size=280, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2),
     ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2),
-    VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4),
-    max_latent_size=8, vit_max_num_patch_per_side=8)
+    VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=1),
+    latent_patch_size=8, max_latent_size=8, vit_max_num_patch_per_side=8)
 SETTINGS = SamplingConfig(
     turn1=FlowConfig(num_timesteps=5), turn2=FlowConfig(num_timesteps=5, cfg_img_scale=2.0,
                                                         cfg_interval=(0.0, 1.0),
@@ -34,15 +33,25 @@ SETTINGS = SamplingConfig(
 
 @functools.cache
 def make_model(seed: int = 0) -> Model:
-    """Random weights; the output layers are scaled up so that tokens and pixels differ clearly."""
-    network = Functional(lambda rngs: IRG(CONFIG, rngs=rngs))
-    coder = Functional(lambda rngs: make_autoencoder(CONFIG, rngs=rngs))
-    params, vae = network.init(seed), coder.init(seed)
+    """Random weights; embedding and logits are large, so that tokens and texts differ clearly."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        match path[-1].key:
+            case "scale":
+                return 1 + 0.1 * noise
+            case "bias":
+                return 0.1 * noise
+            case "embed":
+                return noise
+        fan_in = np.prod(leaf.shape[-4 if leaf.ndim == 4 else -2:-1])
+        return (noise / np.sqrt(fan_in)).astype(np.float32)
+    params, vae = (jax.tree_util.tree_map_with_path(draw, functional(CONFIG).shapes)
+                   for functional in (programs.network, programs.autoencoder))
     params["lm_head"]["kernel"] *= 8
-    params["embed"] *= 20
     tokenizer = train_tokenizer([" ".join(WORDS)] * 2, vocab_size=CONFIG.llm.vocab_size)
-    to_host = lambda tree: jax.tree.map(np.asarray, tree)
-    return Model(CONFIG, tokenizer, to_host(params), to_host(vae))
+    return Model(CONFIG, tokenizer, params, vae)
 
 
 @functools.cache

@@ -12,8 +12,7 @@ import pytest
 from data_cases import data_config
 from data_pipelines import build as build_module
 from data_pipelines.build import build
-from data_pipelines.config import (
-    BuildConfig, GroupConfig, ImageTransform, from_config_dict, load_config)
+from data_pipelines.config import BuildConfig, GroupConfig, ImageTransform, from_config_dict, load_config
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
 from data_pipelines.shapes import records as shapes

@@ -6,8 +6,7 @@ from typing import Literal
 import ml_collections
 import pytest
 
-from data_pipelines.config import (
-    DataConfig, GroupConfig, ImageTransform, from_config_dict, load_config)
+from data_pipelines.config import DataConfig, GroupConfig, ImageTransform, from_config_dict, load_config
 
 
 def data(**fields) -> ml_collections.ConfigDict:

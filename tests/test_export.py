@@ -9,12 +9,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoint_cases import (CONFIG, assert_same, bits, contents, make_model, make_tokenizer)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from checkpoint_cases import CONFIG, assert_same, bits, contents, make_model, make_tokenizer
 from irg_jax.checkpoints import bagel, names
 from irg_jax.checkpoints.bagel import export_folder, import_folder, read_config
 from irg_jax.checkpoints.model import cast, load_model, save_model

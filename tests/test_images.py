@@ -14,7 +14,14 @@ from PIL import Image
 from data_cases import Golden, encode_image, golden_folder
 from data_pipelines.config import ImageTransform
 from data_pipelines.images import (
-    decode_image, grid_position, image_size, patchify, resize, target_size, unpatchify)
+    decode_image,
+    grid_position,
+    image_size,
+    patchify,
+    resize,
+    target_size,
+    unpatchify,
+)
 
 LIMIT = dict(where="file.parquet row 3", max_pixels=10_000)
 

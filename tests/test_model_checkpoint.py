@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_cases import CONFIG, assert_same, contents, make_model, make_tokenizer
 from orbax.checkpoint import v1 as ocp
 
+from checkpoint_cases import CONFIG, assert_same, contents, make_model, make_tokenizer
 from data_pipelines.tokenizer import train_tokenizer
 from irg_jax.checkpoints.bundle import Bundles
-from irg_jax.checkpoints.model import (Model, cast, load_model, load_stage_frozen, new_folder,
-                                       save_model, save_stage_frozen)
+from irg_jax.checkpoints.model import (
+    Model,
+    cast,
+    load_model,
+    load_stage_frozen,
+    new_folder,
+    save_model,
+    save_stage_frozen,
+)
 
 
 @pytest.fixture(scope="module")

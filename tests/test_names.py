@@ -7,8 +7,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from checkpoint_cases import CONFIG
 
+from checkpoint_cases import CONFIG
 from irg_jax.checkpoints import names
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params

@@ -18,7 +18,6 @@ from data_pipelines.planning import CHUNK, Planner
 from data_pipelines.samples import Gap, Kind, Text, VAEImage, ViTImage, draw
 from test_batch import dense_mask
 
-
 # ---- assemble ---------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

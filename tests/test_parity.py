@@ -10,14 +10,30 @@ import optax
 import pytest
 
 from data_pipelines.batch import Rows, visible
+from data_pipelines.config import ImageTransform
+from data_pipelines.images import resize, target_size
 from irg_jax.models.irg import unpack_latent
+from irg_jax.sampling.config import TextConfig
+from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import encode_latents, token_losses
 from irg_jax.training.optimizer import learning_rate, make_optimizer
 from irg_jax.training.step import create_state, make_gradient, make_update
-from parity_cases import ParityCase, batched_rows, relative
+from parity_cases import (
+    ParityCase,
+    batched_rows,
+    first_turn,
+    flow,
+    generator,
+    grey_levels,
+    numbers,
+    relative,
+    second_turn,
+    thought,
+    trajectory_generator,
+)
 from test_batch import dense_mask
 
-MODULE, LOSS = 1e-5, 1e-4
+MODULE, LOSS, LATENT = 1e-5, 1e-4, 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +111,16 @@ def test_visibility(case):
                                       case.arrays[f"mask.{i}"].astype(bool))
 
 
+# ---- images -----------------------------------------------------------------------------------------
+
+def test_resize_rule(case):
+    for width, height, _, stride, largest, smallest, *expected in case.values["resize"]:
+        transform = ImageTransform(stride, largest, smallest)
+        assert list(target_size(width, height, transform)) == expected
+    resized = resize(case.arrays["edit.image_uint8"], ImageTransform(*case.values["edit"]["vae_transform"]))
+    np.testing.assert_array_equal(resized, case.arrays["edit.resized_uint8"])
+
+
 # ---- training -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -157,3 +183,87 @@ def test_five_optimizer_steps(case):
             relative("optimiser steps: parameters", params[path], x, MODULE)
         elif kind == "optim.ema":
             relative("optimiser steps: EMA", ema[path], x, MODULE)
+
+
+# ---- generation ---------------------------------------------------------------------------------
+# The public generator runs, with a tokenizer of numbers and the golden noise.
+
+@pytest.fixture(scope="module")
+def trajectory(case) -> Generator:
+    return trajectory_generator(case)
+
+
+def test_think_texts(case, trajectory):
+    values = case.values["infer"]
+    state = trajectory.begin([numbers(values["prompt"])], seeds=[0])
+    assert thought(trajectory, state) == values["think1_raw"]
+    assert thought(trajectory, second_turn(case, trajectory)) == values["think2_raw"]
+
+
+@pytest.mark.parametrize("variant", ["", "_channel", "_nocfg"])
+def test_first_image(case, trajectory, variant):
+    settings = flow(case.values["infer"]["turn1" + variant])
+    state = first_turn(case, trajectory)
+    size = {"height": trajectory.config.height, "width": trajectory.config.width}
+    latent = trajectory.draw_latent(state, flow=settings, **size)
+    relative(f"Turn 1 latent {settings.cfg_renorm_type} {settings.cfg_text_scale}", latent[0],
+             case.arrays["infer.latent1" + variant], LATENT)
+    if not variant:
+        grey_levels("Turn 1 image", trajectory.draw(state, flow=settings)[0],
+                    case.arrays["infer.image1_uint8"])
+
+
+@pytest.mark.parametrize("variant", ["", "_global"])
+def test_second_image(case, trajectory, variant):
+    values = case.values["infer"]
+    settings = flow(values["turn2" + variant])
+    _, state = trajectory.think(second_turn(case, trajectory), [numbers(values["think2"])])
+    size = {"height": trajectory.config.height, "width": trajectory.config.width}
+    latent = trajectory.draw_latent(state, flow=settings, **size)
+    relative(f"Turn 2 latent {settings.cfg_renorm_type}", latent[0],
+             case.arrays["infer.latent2" + variant], LATENT)
+    if not variant:
+        grey_levels("Turn 2 image", trajectory.draw(state, flow=settings)[0],
+                    case.arrays["infer.image2_uint8"])
+
+
+def test_whole_trajectory(case, trajectory):
+    """Nothing given but the noise: the model's own texts and its own image as condition."""
+    values = case.values["infer"]
+    (turns,) = trajectory.trajectories([numbers(values["prompt"])], seeds=[0])
+    for number, turn in enumerate(turns, 1):
+        assert turn.text == numbers(values[f"think{number}"])
+        grey_levels(f"Trajectory image {number}", turn.image,
+                    case.arrays[f"infer.image{number}_uint8"])
+
+
+def test_plain_text_to_image(case):
+    values = case.values["t2i"]
+    drawer = generator(case, ["t2i.noise"], {**case.values["infer"], **values},
+                       turn1=flow(values["args"]))
+    state = drawer.begin([numbers(values["prompt"])], seeds=[0], system=False)
+    latent = drawer.draw_latent(state, height=values["height"], width=values["width"])
+    relative("Text-to-image latent", latent[0], case.arrays["t2i.latent"], LATENT)
+
+
+def test_editing(case):
+    values, noise = case.values["edit"], ["edit.noise"] * 2
+    editor = generator(case, noise, values, turn2=flow(values["args"]))
+    state = editor.show([case.arrays["edit.image_uint8"]], [numbers(values["instruction"])],
+                        seeds=[0])
+    latent = editor.draw_latent(state, height=values["height"], width=values["width"])
+    relative("Editing latent", latent[0], case.arrays["edit.latent"], LATENT)
+
+
+def test_understanding(case):
+    values, logits = case.values["chat"], case.arrays["chat.logits"]
+    patch, side = case.config.vit.patch_size, case.config.vit_max_num_patch_per_side
+    whole = [patch, side * patch, patch]  # the golden image is given in its final size
+    chat = generator(case, [], {**case.values["infer"], "vit_transform": whole},
+                     text=TextConfig(max_length=len(logits), do_sample=False))
+    state = chat.show([case.arrays["chat.image_uint8"]], [numbers(values["question"])], seeds=[0],
+                      use_vae=False)
+    written = chat.write(state, want_logits=True)
+    length = int(written.lengths[0])
+    assert np.asarray(written.ids)[0, :length].tolist() == values["answer_raw"]
+    relative("Understanding: logits", written.logits[0, :length], logits[:length], LATENT)

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_cases import (
-    conversation, data_config, encode_image, tokenizer, write_data_set, write_rows)
+from data_cases import conversation, data_config, encode_image, tokenizer, write_data_set, write_rows
 from data_pipelines.batch import INF, Rows
 from data_pipelines.config import GroupConfig
 from data_pipelines.pipeline import make_iterator
@@ -79,7 +78,7 @@ def test_any_process_count_from_any_step(config, truth, count, start):
 
 def test_state_is_one_integer_and_goes_both_ways(config, truth):
     iterator = make_iterator(config, TOKENIZER)
-    for step in range(3):
+    for _ in range(3):
         next(iterator)
     assert iterator.get_state() == 3
     for step in (6, 1, 3):

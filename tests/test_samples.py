@@ -8,8 +8,7 @@ from data_cases import FakeTokenizer, data_config, encode_image
 from data_pipelines.config import ImageTransform
 from data_pipelines.packing import assemble
 from data_pipelines.records import ImagePart, Record, TextPart
-from data_pipelines.samples import (
-    Gap, Kind, Text, VAEImage, ViTImage, draw, measure, realise, unfold)
+from data_pipelines.samples import Gap, Kind, Text, VAEImage, ViTImage, draw, measure, realise, unfold
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 24, 3), np.uint8)
 

@@ -87,7 +87,8 @@ def test_drawing_equals_a_plain_loop_over_the_model(model, branches, config):
     """Every branch of every step by itself, whether or not the step is guided."""
     latent, times = NOISE.astype(np.float32), timesteps(config)
     for t, following in zip(times[:-1], times[1:]):
-        main, text, image = (np.asarray(predict(context, BRACKETS, latent, t, POSITION)) for context in branches)
+        main, text, image = (np.asarray(predict(context, BRACKETS, latent, t, POSITION))
+                             for context in branches)
         low, high = config.cfg_interval
         velocity = main
         if low < t <= high and config.cfg_text_scale > 1:

@@ -9,7 +9,16 @@ from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
 from data_pipelines.shapes.scene import (
-    BACKGROUNDS, CATEGORIES, COLOURS, SHAPES, TEXTURES, Group, Request, Scene, Thing)
+    BACKGROUNDS,
+    CATEGORIES,
+    COLOURS,
+    SHAPES,
+    TEXTURES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+)
 from data_pipelines.shapes.score import score
 
 

@@ -32,7 +32,7 @@ SEQUENCES = {
 
 def spell(turns) -> str:
     """A conversation as a string like those above."""
-    words, num_users = [], 0
+    words = []
     fixed = {language.SYSTEM_PROMPT: "s", language.HOW_TO_THINK: "q", language.HOW_TO_IMPROVE: "q"}
     for turn in turns:
         if turn["role"] == "user":

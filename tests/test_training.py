@@ -116,7 +116,9 @@ def test_padding_tokens_change_nothing():
     """What stands in padding slots reaches no loss and no gradient."""
     batch = make_batch(2)
     rng = np.random.default_rng(1)
-    fill = lambda x, rows, value: np.where((rows.last < 0).reshape(rows.last.shape + (1,) * (x.ndim - 2)), value, x)
+    def fill(x, rows, value):
+        padding = (rows.last < 0).reshape(rows.last.shape + (1,) * (x.ndim - 2))
+        return np.where(padding, value, x)
     dirty = batch._replace(
         text_ids=fill(batch.text_ids, batch.text_rows, 7),
         vit_patches=fill(batch.vit_patches, batch.vit_rows, 200).astype(np.uint8))

@@ -20,8 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from irg_jax.checkpoints import names
-from irg_jax.checkpoints.model import (TOKENIZER, Model, cast, load_tokenizer, new_folder,
-                                       read_fields, read_json)
+from irg_jax.checkpoints.model import TOKENIZER, Model, cast, load_tokenizer, new_folder, read_fields, read_json
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.safetensors_files import SHARD_BYTES, Pending, TensorFiles, write_tensors
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig

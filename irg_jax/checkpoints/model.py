@@ -24,7 +24,8 @@ from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
-from irg_jax.checkpoints.bundle import FOLDER as BUNDLES, restore_ema
+from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
+from irg_jax.checkpoints.bundle import restore_ema
 from irg_jax.checkpoints.names import listing
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params

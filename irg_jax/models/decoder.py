@@ -1,6 +1,7 @@
 """The decoder: two experts a layer over three streams, one attention for all.
 
-Axes: B packs, S tokens of a stream, C cached tokens, L layers, D width, N heads, K key-value heads, H head size.
+Axes: B packs, S tokens of a stream, C cached tokens, L layers, D width, N heads, K key-value heads, H head
+size.
 Source: `Qwen2MoTDecoderLayer` of BAGEL's modeling/bagel/qwen2_navit.py.
 """
 
@@ -56,14 +57,14 @@ class Expert(nnx.Module):
     def project(self, x: Float[Array, "B S D"], angles) -> tuple[Array, Array, Array]:
         """Normed and rotated queries [B S N H] and keys, values [B S K H]."""
         x = self.input_norm(x)
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
+        heads = lambda y: y.reshape(*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
         query = rotate(self.q_norm(heads(self.q(x))), angles)
         key = rotate(self.k_norm(heads(self.k(x))), angles)
         return query, key, heads(self.v(x))
 
     def finish(self, x: Float[Array, "B S D"], attended: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
         """Output projection, residual, MLP, residual."""
-        x = x + self.o(attended.reshape(*attended.shape[:2], -1))
+        x = x + self.o(attended.reshape(*attended.shape[:2], attended.shape[2] * attended.shape[3]))
         y = self.post_norm(x)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
 

@@ -49,7 +49,8 @@ def make_empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
     shape = (llm.num_hidden_layers, batch, capacity, llm.num_key_value_heads, llm.head_dim)
     zeros = jnp.zeros((batch,), jnp.int32)
     rows = jax.tree.map(jnp.asarray, padding_rows((batch, capacity)))
-    return Context(KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)), rows, zeros, zeros, 0)
+    kv = KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return Context(kv, rows, zeros, zeros, 0)
 
 
 def enlarge(context: Context, capacity: int) -> Context:
@@ -148,10 +149,9 @@ def _bracket_part(model, context, brackets, rows: Rows) -> Part:
 
 
 def _latent_part(model, context, latent, t, position, rows: Rows) -> Part:
-    shape = latent.shape[:2]
-    embedded = model.embed_latent(latent.astype(context.kv.key.dtype), jnp.full(shape, t, jnp.float32),
-                                  jnp.broadcast_to(position, shape))
-    return Part(embedded, rows)
+    latent, shape = latent.astype(context.kv.key.dtype), latent.shape[:2]
+    time = jnp.full(shape, t, jnp.float32)
+    return Part(model.embed_latent(latent, time, jnp.broadcast_to(position, shape)), rows)
 
 
 def _append_image(model, context: Context, outside: Part, **inside: Part) -> Context:

@@ -45,7 +45,8 @@ def write_text(model: IRG, context: Context, keys: Key[Array, "B"], *, bos: int,
     batch, longest = keys.shape[0], config.max_length
     assert context.capacity >= longest
     logits = jnp.zeros((batch, longest, model.config.llm.vocab_size)) if want_logits else None
-    written = Written(jnp.zeros((batch, longest), jnp.int32), jnp.zeros((batch,), jnp.int32), logits)
+    ids = jnp.zeros((batch, longest), jnp.int32)
+    written = Written(ids, jnp.zeros((batch,), jnp.int32), logits)
     context = context._replace(length=jnp.asarray(context.length, jnp.int32))
     start = _State(jnp.int32(0), context, jnp.full((batch,), bos, jnp.int32),
                    jnp.zeros((batch,), bool), written)

@@ -1,4 +1,4 @@
-"""prompt -> think1 -> image1 -> (look at image1) -> think2 -> image2 -> ..., for many prompts at once.
+"""prompt -> think1 -> image1 -> (look at it) -> think2 -> image2 -> ..., for many prompts at once.
 
     generator = Generator(load_model("runs/shapes/stage2"), config)
     for turns in generator.trajectories(["two red circles"], seeds=[0]):
@@ -80,6 +80,7 @@ class Generator:
         self._draw_noise = draw_noise
         self._brackets = np.array([self.tokenizer.start_of_image, self.tokenizer.end_of_image],
                                   np.int32)
+        self._check_transforms()
         self._latent_position(config.height, config.width)
         self._empty = cache.make_empty(model.config, 1, config.cache_multiple, dtype)
         prompt = load_system_prompt(config.system_prompt)
@@ -124,7 +125,7 @@ class Generator:
              use_vae: bool = True) -> State:
         """Begins with images of the user and a text about each.
 
-        For editing the original resizes them by the VAE rule before both encoders do so by their own.
+        For editing the original resizes by the VAE rule first, then once more for each encoder.
         """
         if use_vae:
             images = [resize(image, self.config.vae_transform) for image in images]
@@ -145,10 +146,11 @@ class Generator:
         height, width = height or self.config.height, width or self.config.width
         latent = self.draw_latent(state, flow=flow, height=height, width=width)
         rows = height // self.model_config.pixels_per_token
-        return np.asarray(programs.decode(self._weights, latent, config=self.model_config, height=rows))
+        image = programs.decode(self._weights, latent, config=self.model_config, height=rows)
+        return np.asarray(image)
 
     def look(self, state: State, images: Sequence[np.ndarray], *, use_vae: bool = True) -> State:
-        """Reads images uint8 [H, W, 3] of one size: as clean latents if `use_vae`, then by the ViT."""
+        """Reads images uint8 [H, W, 3] of one size: clean latents if `use_vae`, then by the ViT."""
         main = state.main
         if use_vae:
             main = self._append_latents(main, images, state)
@@ -163,15 +165,15 @@ class Generator:
                               config=self.model_config, bos=self.tokenizer.bos,
                               eos=self.tokenizer.eos, settings=settings, want_logits=want_logits)
 
-    def draw_latent(self, state: State, *, flow: FlowConfig | None = None, height: int, width: int
-                    ) -> jax.Array:
+    def draw_latent(self, state: State, *, flow: FlowConfig | None = None, height: int,
+                    width: int) -> jax.Array:
         """Finished latents float32 [B, G, Z]."""
         config = self.model_config
         position = self._latent_position(height, width)
         noise = self._draw_noise(state.seeds, state.turn, (len(position), config.latent_channels))
         branches = Branches(state.main, state.unasked, state.unseen)
-        return programs.draw(self._weights, branches, noise, position, self._brackets, config=config,
-                             settings=flow or self.config.flow(state.turn))
+        return programs.draw(self._weights, branches, noise, position, self._brackets,
+                             config=config, settings=flow or self.config.flow(state.turn))
 
     def _start(self, context: Context, seeds: Sequence[int]) -> State:
         context = cache.repeat(context, len(seeds))
@@ -226,6 +228,15 @@ class Generator:
     def _decode(self, written: Written) -> list[str]:
         ids, lengths = np.asarray(written.ids), np.asarray(written.lengths)
         return [self.tokenizer.decode(row[1:length]) for row, length in zip(ids, lengths)]
+
+    def _check_transforms(self) -> None:
+        patches = {"vae_transform": self.model_config.pixels_per_token,
+                   "vit_transform": self.model_config.vit.patch_size}
+        for name, patch in patches.items():
+            stride = getattr(self.config, name).stride
+            if stride % patch:
+                raise ValueError(f"{name}.stride is {stride}; it must be a multiple of the model's "
+                                 f"patch of {patch} pixels")
 
     def _latent_position(self, height: int, width: int) -> np.ndarray:
         """int32 [G] of an image; ValueError if its size is none the model can draw."""

@@ -10,8 +10,16 @@ import optax
 
 from data_pipelines.batch import PackedBatch
 from irg_jax.models.functional import Functional, Params
-from irg_jax.training.losses import (Flow, LossConfig, Totals, count_totals, encode_latents, make_flow,
-                                     mean_losses, token_losses)
+from irg_jax.training.losses import (
+    Flow,
+    LossConfig,
+    Totals,
+    count_totals,
+    encode_latents,
+    make_flow,
+    mean_losses,
+    token_losses,
+)
 from irg_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, update_ema
 
 

@@ -1,0 +1,225 @@
+"""The two commands that draw: what they write, what they resume, what they refuse."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.shapes.records import heldout_prompts
+from irg_jax import evaluate as evaluation
+from irg_jax import generate as generation
+from irg_jax.checkpoints.model import save_model
+from irg_jax.evaluation.recording import Recorder
+from irg_jax.evaluation.results import SYSTEMS, read_manifest, read_results
+from irg_jax.evaluation.shapes import digest_prompts, read_prompts
+from irg_jax.sampling.config import FlowConfig, TextConfig
+from sampling_cases import SETTINGS, make_model
+
+QUICK = dataclasses.replace(
+    SETTINGS, height=32, width=32, turn1=FlowConfig(num_timesteps=2),
+    turn2=FlowConfig(num_timesteps=2, cfg_img_scale=2.0), text=TextConfig(max_length=4))
+PROMPTS = ["a red circle", "two stars", "a blue ring"]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate(evaluation.MODELS):
+        save_model(folder / name, make_model(seed))
+    return {name: str(folder / name) for name in evaluation.MODELS}
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoints):
+    return generation.load_generator(checkpoints["trained"], QUICK, prompts={})
+
+
+def draw(loaded, out, prompts=PROMPTS, **fields) -> int:
+    generator, checkpoint = loaded
+    fields = {"seed": 3, "num_turns": 2, "batch_size": 2} | fields
+    return generation.generate(prompts, generator=generator, checkpoint=checkpoint, out=out,
+                               **fields)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_prompt_gets_its_texts_images_and_one_picture(loaded, tmp_path):
+    assert draw(loaded, tmp_path / "out") == 3
+    names = {"turn1.txt", "turn1.png", "turn2.txt", "turn2.png", "trajectory.png", "prompt.json"}
+    written = files(tmp_path / "out")
+    assert set(written) == {f"{i:04d}/{name}" for i in range(3) for name in names}
+    for i, prompt in enumerate(PROMPTS):
+        folder = tmp_path / "out" / f"{i:04d}"
+        request = json.loads((folder / "prompt.json").read_text())
+        assert (request["prompt"], request["seed"]) == (prompt, 3)
+        assert Image.open(folder / "turn2.png").size == (32, 32)
+        assert Image.open(folder / "trajectory.png").width > 256
+    assert written["0000/turn1.png"] != written["0000/turn2.png"] != written["0001/turn2.png"]
+
+    # What is there is not drawn again, what is missing is drawn as it would have been.
+    generation.shutil.rmtree(tmp_path / "out" / "0001")
+    assert draw(loaded, tmp_path / "out") == 1 and draw(loaded, tmp_path / "out") == 0
+    assert files(tmp_path / "out") == written
+
+
+def test_an_interrupted_prompt_leaves_no_folder(loaded, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(generation, "compose_trajectory", fail)
+    with pytest.raises(KeyboardInterrupt):
+        draw(loaded, tmp_path / "out")
+    assert not (tmp_path / "out" / "0000").exists()
+    monkeypatch.undo()
+    assert draw(loaded, tmp_path / "out") == 3
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"num_turns": 1}, {"prompts": ["other", "one"]}])
+def test_another_run_is_not_mixed_into_a_folder(loaded, tmp_path, change):
+    draw(loaded, tmp_path / "out", PROMPTS[:2])
+    before = files(tmp_path / "out")
+    name = next(iter(change)).removesuffix("s") if "prompts" in change else next(iter(change))
+    with pytest.raises(ValueError, match=f"0000.*{name}.*another --out"):
+        draw(loaded, tmp_path / "out", **{"prompts": PROMPTS[:2], **change})
+    assert files(tmp_path / "out") == before
+
+
+def test_control_tokens_and_bad_prompt_files_are_refused(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match=r"prompt 2 contains the control token '<\|im_end\|>'"):
+        generation.load_generator(checkpoints["base"], QUICK,
+                                  prompts={"prompt 1": "fine", "prompt 2": "red <|im_end|>"})
+    path = tmp_path / "prompts.jsonl"
+    for content, message in (("", "holds no prompt"), ('{"prompt": 3}', "line 1.*'prompt'"),
+                             ('{"prompt": "a"}\n\n{', "line 3.*JSON"), ("[]", "line 1")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            generation.read_prompts(path)
+    path.write_text('{"prompt": "a", "id": 1}\n\n{"prompt": "b"}\n')
+    assert generation.read_prompts(path) == ["a", "b"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("a red circle\n\n two \n")
+    assert generation.read_prompts(text) == ["a red circle", "two"]
+    with pytest.raises(ValueError, match="nowhere.txt"):
+        generation.read_prompts("nowhere.txt")
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True,
+                          text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=120)
+
+
+def test_the_commands_tell_mistakes_in_one_sentence(checkpoints, tmp_path):
+    config = ["--config", "configs/shapes_generate.py:quick"]
+    result = run("irg_jax.generate", *config, "--checkpoint", checkpoints["trained"],
+                 "--out", str(tmp_path / "out"), "--prompt", "a <|im_start|>")
+    assert result.returncode == 1 and "vit_transform" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: prompt 1 contains")
+    result = run("irg_jax.generate", "--config", "configs/shapes_generate.py", "--prompt", "a",
+                 "--config.text.temprature=1", "--checkpoint", "x", "--out", "y")
+    assert result.returncode == 1 and "temperature" in result.stderr
+    result = run("irg_jax.evaluate", *config, "--base", "x", "--checkpoint", "y", "--out",
+                 str(tmp_path / "eval"), "--prompts", "nowhere.jsonl")
+    assert result.returncode == 1 and "nowhere.jsonl" in result.stderr
+    assert "Traceback" not in result.stderr and not any(tmp_path.iterdir())
+
+
+# ---- evaluation ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in heldout_prompts(5)))
+    return read_prompts(path, limit=3)
+
+
+def open_recorder(out, prompts, **fields) -> Recorder:
+    return Recorder(out, {"seed": 0, "prompts": digest_prompts(prompts), **fields})
+
+
+def evaluate(out, prompts, checkpoints) -> Recorder:
+    recorder = open_recorder(out, prompts)
+    evaluation.evaluate(prompts, config=QUICK, checkpoints=checkpoints, recorder=recorder, seed=0,
+                        batch_size=2)
+    recorder.finish(prompts=len(prompts), seed=0, versions={}, settings={}, command="evaluate")
+    return recorder
+
+
+def results(out) -> dict:
+    return {(result.id, result.system): result for result in read_results(out / "results.jsonl")}
+
+
+def test_an_evaluation_is_what_the_report_reads(prompts, checkpoints, tmp_path):
+    out = tmp_path / "eval"
+    evaluate(out, prompts, checkpoints)
+    manifest, found = read_manifest(out / "manifest.json"), results(out)
+    assert manifest.prompts == 3 and manifest.seconds > 0 and manifest.peak_rss_gib > 0.1
+    assert set(manifest.checkpoints) == set(evaluation.MODELS)
+    assert set(found) == {(prompt.id, system) for prompt in prompts for system in SYSTEMS}
+    for (_, system), result in found.items():
+        image = np.asarray(Image.open(result.image))
+        assert image.shape == (32, 32, 3)
+        assert result.correct == (not result.reasons)
+        assert bool(result.text) <= (system != "base")
+
+
+def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoints, tmp_path,
+                                                              monkeypatch):
+    evaluate(tmp_path / "whole", prompts, checkpoints)
+    calls = []
+    make_result = evaluation.make_result
+
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return make_result(*args, **kwargs)
+    monkeypatch.setattr(evaluation, "make_result", interrupt)
+    out = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(out, prompts, checkpoints)
+    assert not (out / "manifest.json").exists()
+    with (out / "results.jsonl").open("a") as lines:
+        lines.write('{"id": "0000')  # as a kill may leave it
+    evaluate(out, prompts, checkpoints)
+    whole, cut = results(tmp_path / "whole"), results(out)
+    assert set(whole) == set(cut)
+    for key, result in whole.items():
+        assert dataclasses.replace(result, image=cut[key].image) == cut[key]
+        assert result.image.read_bytes() == cut[key].image.read_bytes()
+
+
+def test_another_evaluation_is_not_mixed_into_a_folder(prompts, checkpoints, tmp_path):
+    out = tmp_path / "eval"
+    recorder = open_recorder(out, prompts)
+    recorder.identify("base", {"path": "a", "sha256": "1"})
+    recorder.save()
+    open_recorder(out, prompts).identify("base", {"path": "moved", "sha256": "1"})
+    with pytest.raises(ValueError, match="eval.*base differ"):
+        open_recorder(out, prompts).identify("base", {"path": "a", "sha256": "2"})
+    with pytest.raises(ValueError, match="prompts differ"):
+        open_recorder(out, prompts[:2])
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else"):
+        open_recorder(tmp_path / "else", prompts)
+
+
+def test_bad_heldout_prompts_are_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    good = heldout_prompts(2)
+    for change, message in (({"id": "../up"}, "line 2.*'id'"), ({"prompt": ""}, "line 2.*'prompt'"),
+                            ({"category": "other"}, "line 2.*'category'"),
+                            ({"id": "00000"}, "twice"),
+                            ({"extra": 1}, "line 2.*fields"),
+                            ({"request": {"category": "colors", "groups": []}}, "line 2.*groups")):
+        path.write_text(json.dumps(good[0]) + "\n" + json.dumps(good[1] | change) + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_prompts(path)
