@@ -23,7 +23,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage1 has the sizes full and quick, not {size!r}")
-    steps = 60 if size == "full" else 4
+    steps = 40 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage1",
         "init_from": "runs/shapes/base",
