@@ -25,7 +25,6 @@ import PIL
 import pyarrow
 import pyarrow.parquet
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from data_pipelines import command
@@ -139,7 +138,7 @@ def main(values: Any) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The data set's configuration file.")
+    command.define_config("The data set's configuration file.")
     flags.DEFINE_enum("source", "shapes", ["shapes"], "Where the records come from.")
     flags.DEFINE_enum("format", "parquet", ["parquet"], "The file format of the records.")
     flags.DEFINE_string("out", None, "Folder of the data set.")

@@ -125,9 +125,10 @@ def load_config(path: str, *, overrides: Mapping[str, Any] | None = None) -> Any
 
     Args:
         path: a Python file.
-        overrides: dotted field name -> value; the field must exist.
+        overrides: dotted field name -> value, also of fields that the file leaves to their defaults;
+            whether a field exists is checked by `from_config_dict`.
     Returns: an ml_collections.ConfigDict.
-    Raises: ValueError if the file is missing, has no get_config, or an override names no field.
+    Raises: ValueError if the file is missing or has no get_config.
     """
     file, separator, argument = path.partition(".py:")
     file = file + ".py" if separator else file
@@ -228,14 +229,14 @@ def _convert_scalar(hint: type, value: Any, path: str) -> Any:
 
 def _override(config: Any, name: str, value: Any) -> None:
     *parents, leaf = name.split(".")
-    for i, key in enumerate([*parents, leaf]):
-        if not _is_mapping(config) or key not in config:
-            known = list(config) if _is_mapping(config) else []
-            place = ".".join([*parents, leaf][:i + 1])
-            raise ValueError(f"unknown config field {place!r}{_nearest(key, known)}")
-        if i < len(parents):
-            config = config[key]
-    config[leaf] = value
+    for key in parents:
+        if key not in config:
+            config[key] = ml_collections.ConfigDict()
+        config = config[key]
+        if not _is_mapping(config):
+            raise ValueError(f"config field {name!r} cannot be set: {key!r} is {config!r} and has no fields")
+    with config.ignore_type():  # types are checked at the door, against the dataclass
+        config[leaf] = value
 
 
 def _is_mapping(value: Any) -> bool:

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from data_pipelines import command
@@ -113,7 +112,7 @@ def main(values: Any) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "How to draw, e.g. configs/shapes_generate.py.")
+    command.define_config("How to draw, e.g. configs/shapes_generate.py.")
     flags.DEFINE_enum("benchmark", "shapes", ["shapes"], "What is evaluated.")
     flags.DEFINE_string("base", None, "The base model's checkpoint.")
     flags.DEFINE_string("checkpoint", None, "The trained model: a checkpoint or a stage's folder.")

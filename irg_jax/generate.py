@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 from tqdm import tqdm
 
@@ -141,7 +140,7 @@ def main(values: Any) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "How to draw, e.g. configs/shapes_generate.py.")
+    command.define_config("How to draw, e.g. configs/shapes_generate.py.")
     flags.DEFINE_string("checkpoint", None, "A model checkpoint, or the folder of a trained stage.")
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
     flags.DEFINE_string("prompts", None, "A file with a prompt a line, or .jsonl with \"prompt\".")

@@ -13,7 +13,6 @@ import pathlib
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines import command
 from data_pipelines.build import build
@@ -105,7 +104,7 @@ def main(values) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The recipe, configs/shapes_base.py.")
+    command.define_config("The recipe, configs/shapes_base.py.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("out", None, "Folder of the finished checkpoint, in the released layout.")
     flags.mark_flags_as_required(["config", "workdir", "out"])

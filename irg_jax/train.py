@@ -6,14 +6,13 @@ Any field can be overridden: `--config.data.seed=7`. Killed, the same command re
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.config import TrainConfig
 from irg_jax.training.loop import train
 
-config_flags.DEFINE_config_file("config", None, "Config file of the stage, e.g. configs/shapes_stage1.py.")
+command.define_config("Config file of the stage, e.g. configs/shapes_stage1.py.")
 flags.DEFINE_string("workdir", None, "Folder of the run; the stage writes to its folder below.")
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -175,8 +175,10 @@ def test_the_command(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--config=configs/shapes_data.py", "--config.seeed=1"],
-     "--config.seeed=1 names no config field; did you mean 'seed'?"),
-    (["--config=configs/shapes_data.py", "--config.seed=one"], "--config.seed=one"),
+     "unknown config field 'seeed'; did you mean 'seed'?"),
+    (["--config=configs/shapes_data.py", "--config.seed=one"], "config field 'seed' is 'one' (str)"),
+    (["--config=configs/shapes_data.py", "--config.seed"], "--config.seed has no value"),
+    (["--config=configs/shapes_data.py", "--config.rows_per_group=0"], "rows_per_group is 0"),
     (["--config=configs/absent.py"], "configs/absent.py"),
 ])
 def test_mistakes_are_a_sentence_and_an_exit_code(tmp_path, arguments, message):
