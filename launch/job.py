@@ -46,27 +46,27 @@ def list_steps(size: str, out: str) -> list[Step]:
     config = lambda name: f"configs/{name}.py" + (":quick" if size == "quick" else "")
     command = lambda line: tuple(part.format(out=out) for part in line.split())
     return [
-        Step("convert", (10, 10), command(
+        Step("convert", (3, 3), command(
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
-        Step("data", (5, 15), command(
+        Step("data", (2, 12), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data")),
-        Step("stage1", (60, 1200), command(
+        Step("stage1", (33, 340), command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data")),
-        Step("stage2", (60, 1200), command(
+        Step("stage2", (30, 530), command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
             " --config.data.source={out}/data")),
-        Step("generate", (20, 30), (*command(
+        Step("generate", (20, 17), (*command(
             f"-m irg_jax.generate --config {config('shapes_generate')} --checkpoint {{out}}/stage2"
             " --out {out}/generate"), "--prompt", PROMPT)),
-        Step("evaluate", (60, 600), command(
+        Step("evaluate", (32, 160), command(
             f"-m irg_jax.evaluate --benchmark shapes --config {config('shapes_generate')}"
             " --base {out}/base --checkpoint {out}/stage2"
             " --prompts {out}/data/prompts_heldout.jsonl --out {out}/eval/shapes")),
-        Step("export", (10, 10), command(
+        Step("export", (3, 3), command(
             "-m irg_jax.export --checkpoint {out}/stage2 --format bagel --out {out}/export")),
-        Step("report", (5, 5), command("-m irg_jax.report {out}")),
+        Step("report", (1, 1), command("-m irg_jax.report {out}")),
     ]
 
 
