@@ -89,9 +89,7 @@ def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
     """Parameters, moments and EMA share one layout; counters are replicated."""
     params = param_shardings(model.axes, model.shapes, mesh)
     scalar = replicated(mesh)
-    abstract = jax.eval_shape(optimizer.init, model.shapes)
-    opt = optax.tree_map_params(optimizer, lambda _, sharding: sharding, abstract, params,
-                                transform_non_params=lambda _: scalar)
+    opt = shard_moments(jax.eval_shape(optimizer.init, model.shapes), params, scalar)
     return Placement(TrainState(scalar, params, opt, params),
                      param_shardings(vae.axes, vae.shapes, mesh), batch_sharding(mesh), scalar)
 
@@ -102,6 +100,19 @@ def check_share(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
     if packs % ways:
         raise ValueError(f"data.packs_per_step / accumulate is {packs}; it must be a multiple of mesh.data * "
                          f"mesh.fsdp = {ways}. Change either, or move devices to mesh.context or mesh.tensor")
+
+
+def shard_moments(opt: optax.OptState, params: Any, scalar: Any) -> Any:
+    """Every leaf of an optimiser state that stands at a parameter's path lies as that parameter does.
+
+    By path, since `optax.tree_map_params` cannot see through the masks that frozen parameters leave.
+    """
+    keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    table = {keys(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
+    def find(path, leaf):
+        names = keys(path)   # an optimiser may put keys of its own before a parameter's
+        return next((table[names[i:]] for i in range(len(names)) if names[i:] in table), scalar)
+    return jax.tree_util.tree_map_with_path(find, opt)
 
 
 class Trainer:
