@@ -127,5 +127,5 @@ def test_outcomes_tell_fixes_from_breaks():
 def test_stage_summary_takes_the_last_tenth_and_the_median():
     metrics = {name: np.arange(20.0) for name in ("step", "loss", "ce", "mse", "tokens_per_second")}
     metrics["step_seconds"] = np.array([99.0] + 19 * [0.5])
-    assert summarize_stage(metrics) == {"steps": 19, "loss": 18.5, "ce": 18.5, "mse": 18.5,
+    assert summarize_stage(metrics) == {"steps": 20, "loss": 18.5, "ce": 18.5, "mse": 18.5,
                                         "tokens_per_second": 9.5, "step_seconds": 0.5}

@@ -105,7 +105,7 @@ def draw_panel(title: str, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> P
     curves, spans = [], []
     for index, stage in enumerate(STAGES):
         start, last = LEFT + index * (width + GAP), float(metrics[stage]["step"][-1])
-        spans.append((start + width / 2, f"stage {index + 1}: {last:,.0f} steps"))
+        spans.append((start + width / 2, f"stage {index + 1}: {last + 1:,.0f} steps"))
         for name in names:
             steps, means, lows, highs = bins[stage, name]
             x = start + width * steps / max(last, 1.0)

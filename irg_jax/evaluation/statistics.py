@@ -160,7 +160,7 @@ def summarize_stage(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     losses = {name: float(metrics[name][tail].mean()) for name in ("loss", "ce", "mse")}
     speeds = {name: float(np.median(metrics[name]))
               for name in ("tokens_per_second", "step_seconds")}
-    return {"steps": int(metrics["step"][-1]), **losses, **speeds}
+    return {"steps": int(metrics["step"][-1]) + 1, **losses, **speeds}
 
 
 def _difference(verdicts: Verdicts, systems: tuple[str, str], chosen: np.ndarray,
