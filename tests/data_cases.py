@@ -42,6 +42,13 @@ class Golden:
             max_latent_size=self.config["max_latent_size"],
             vit_max_side=self.config["vit_max_num_patch_per_side"], **fields)
 
+    def room(self, *, text: int = 5, vit: int = 3, latent: int = 7, images: int = 2) -> dict[str, int]:
+        """Budgets that hold the golden training samples, with so much to spare."""
+        count = sum(name.startswith("train.latent.") for name in self.arrays)
+        return {"text_tokens": len(self.arrays["train.text_ids"]) + text,
+                "vit_tokens": len(self.arrays["train.vit_indexes"]) + vit,
+                "latent_tokens": len(self.arrays["train.vae_indexes"]) + latent, "images": count + images}
+
     def uint8(self, name: str) -> np.ndarray:
         """[3, H, W] in [-1, 1] -> uint8 [H, W, 3]."""
         grey = np.round((self.arrays[name] * 0.5 + 0.5) * 255)

@@ -50,11 +50,7 @@ class ParityCase:
 
     def pack(self, **fields) -> PackedBatch:
         """The golden training samples as one batch of one pack, with room to spare in each stream."""
-        arrays = self.arrays
-        images = sum(name.startswith("train.latent.") for name in arrays)
-        config = self.golden.data_config(
-            text_tokens=len(arrays["train.text_ids"]) + 5, vit_tokens=len(arrays["train.vit_indexes"]) + 3,
-            latent_tokens=len(arrays["train.vae_indexes"]) + 7, images=images + 2, **fields)
+        config = self.golden.data_config(**self.golden.room(), **fields)
         pack = assemble(self.golden.train_samples(), config=config,
                         tokenizer=FakeTokenizer(self.values["special_tokens"]))
         return jax.tree.map(lambda x: jnp.asarray(x)[None], pack)

@@ -61,7 +61,8 @@ def bound(seed: int = 0) -> IRG:
 
 @functools.cache
 def _compiled(function):
-    return jax.jit(lambda *arguments: function(bound(), *arguments))
+    model = bound()   # outside the trace, or its cache would keep tracers
+    return jax.jit(lambda *arguments: function(model, *arguments))
 
 
 def append(context: Context, tokens, lengths) -> tuple[Context, jax.Array]:

@@ -27,7 +27,7 @@ def golden(request):
 
 @pytest.fixture(scope="module")
 def golden_pack(golden):
-    config = golden.data_config(text_tokens=100, vit_tokens=16, latent_tokens=40, images=7)
+    config = golden.data_config(**golden.room())
     tokenizer = FakeTokenizer(golden.values["special_tokens"])
     return assemble(golden.train_samples(), config=config, tokenizer=tokenizer)
 
@@ -62,8 +62,7 @@ def test_golden_pack_learns_the_same_tokens(golden, golden_pack):
 
 
 def test_golden_reweighting(golden):
-    config = golden.data_config(text_tokens=100, vit_tokens=16, latent_tokens=40, images=7,
-                                ce_reweight=True)
+    config = golden.data_config(**golden.room(), ce_reweight=True)
     pack = assemble(golden.train_samples(), config=config,
                     tokenizer=FakeTokenizer(golden.values["special_tokens"]))
     np.testing.assert_allclose(pack.text_weight[pack.text_weight > 0],
@@ -132,7 +131,7 @@ def test_gaps_and_noised_images_in_rope():
 
 
 def test_empty_pack_has_the_shapes_of_a_full_one(golden_pack, golden):
-    config = golden.data_config(text_tokens=100, vit_tokens=16, latent_tokens=40, images=7)
+    config = golden.data_config(**golden.room())
     describe = lambda pack: [(array.shape, array.dtype) for field in pack
                              for array in (field if isinstance(field, Rows) else (field,))]
     assert describe(empty_pack(config)) == describe(golden_pack)

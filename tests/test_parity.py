@@ -147,15 +147,15 @@ def test_every_gradient(case):
     batch = case.pack()
     gradient = jax.jit(make_gradient(case.network, case.step_config(remat=False)))
     _, grads = gradient(case.params, batch, case.flow(batch))
-    relative("gradient norm", optax.global_norm(grads), case.values["grad_norm"], LOSS)
+    relative("gradient norm", optax.tree.norm(grads), case.values["grad_norm"], LOSS)
     torch = case.to_torch(grads)
     expected = {name[5:]: x for name, x in case.arrays.items() if name.startswith("grad/")}
     assert set(torch) == set(expected)
     largest = max(np.linalg.norm(x) for x in expected.values())
     for name, x in expected.items():
-        # A key bias shifts all scores of a query alike: its true gradient is zero, both are rounding noise.
-        if np.linalg.norm(x) < 1e-6 * largest:
-            assert np.linalg.norm(torch[name] - x) < 1e-6 * largest, name
+        # SigLIP's key bias moves all scores of a query alike: its gradient is zero but for rounding noise.
+        if name.startswith("vit_model") and name.endswith("self_attn.k_proj.bias"):
+            assert max(np.linalg.norm(torch[name]), np.linalg.norm(x)) < 1e-5 * largest, name
         else:
             relative("every gradient (largest error)", torch[name], x, LOSS)
 
@@ -170,7 +170,7 @@ def test_five_optimizer_steps(case):
     @jax.jit
     def step(state):
         (ce, mse), grads = gradient(state.params, batch, flow)
-        return update(state, grads), (rate(state.step), ce, mse, optax.global_norm(grads))
+        return update(state, grads), (rate(state.step), ce, mse, optax.tree.norm(grads))
     state = create_state(case.params, optimizer)
     for expected in values["trajectory"]:
         state, measured = step(state)
@@ -200,31 +200,22 @@ def test_think_texts(case, trajectory):
     assert thought(trajectory, second_turn(case, trajectory)) == values["think2_raw"]
 
 
-@pytest.mark.parametrize("variant", ["", "_channel", "_nocfg"])
-def test_first_image(case, trajectory, variant):
-    settings = flow(case.values["infer"]["turn1" + variant])
-    state = first_turn(case, trajectory)
+@pytest.mark.parametrize("turn", [1, 2])
+def test_image_of_a_turn(case, trajectory, turn):
+    """Every guidance variant that the golden set names: turn1, turn1_channel, turn2_global, ..."""
+    values, state = case.values["infer"], first_turn(case, trajectory)
+    if turn == 2:
+        _, state = trajectory.think(second_turn(case, trajectory), [numbers(values["think2"])])
     size = {"height": trajectory.config.height, "width": trajectory.config.width}
-    latent = trajectory.draw_latent(state, flow=settings, **size)
-    relative(f"Turn 1 latent {settings.cfg_renorm_type} {settings.cfg_text_scale}", latent[0],
-             case.arrays["infer.latent1" + variant], LATENT)
-    if not variant:
-        grey_levels("Turn 1 image", trajectory.draw(state, flow=settings)[0],
-                    case.arrays["infer.image1_uint8"])
-
-
-@pytest.mark.parametrize("variant", ["", "_global"])
-def test_second_image(case, trajectory, variant):
-    values = case.values["infer"]
-    settings = flow(values["turn2" + variant])
-    _, state = trajectory.think(second_turn(case, trajectory), [numbers(values["think2"])])
-    size = {"height": trajectory.config.height, "width": trajectory.config.width}
-    latent = trajectory.draw_latent(state, flow=settings, **size)
-    relative(f"Turn 2 latent {settings.cfg_renorm_type}", latent[0],
-             case.arrays["infer.latent2" + variant], LATENT)
-    if not variant:
-        grey_levels("Turn 2 image", trajectory.draw(state, flow=settings)[0],
-                    case.arrays["infer.image2_uint8"])
+    variants = [name for name in values if name.partition("_")[0] == f"turn{turn}"]
+    assert f"turn{turn}" in variants
+    for variant in variants:
+        settings = flow(values[variant])
+        latent = trajectory.draw_latent(state, flow=settings, **size)
+        relative(f"trajectory: latent of {variant}", latent[0],
+                 case.arrays["infer.latent" + variant.removeprefix("turn")], LATENT)
+    grey_levels(f"image of turn{turn}", trajectory.draw(state, flow=flow(values[f"turn{turn}"]))[0],
+                case.arrays[f"infer.image{turn}_uint8"])
 
 
 def test_whole_trajectory(case, trajectory):
@@ -233,7 +224,7 @@ def test_whole_trajectory(case, trajectory):
     (turns,) = trajectory.trajectories([numbers(values["prompt"])], seeds=[0])
     for number, turn in enumerate(turns, 1):
         assert turn.text == numbers(values[f"think{number}"])
-        grey_levels(f"Trajectory image {number}", turn.image,
+        grey_levels(f"free trajectory: image {number}", turn.image,
                     case.arrays[f"infer.image{number}_uint8"])
 
 
@@ -243,7 +234,7 @@ def test_plain_text_to_image(case):
                        turn1=flow(values["args"]))
     state = drawer.begin([numbers(values["prompt"])], seeds=[0], system=False)
     latent = drawer.draw_latent(state, height=values["height"], width=values["width"])
-    relative("Text-to-image latent", latent[0], case.arrays["t2i.latent"], LATENT)
+    relative("text-to-image: latent", latent[0], case.arrays["t2i.latent"], LATENT)
 
 
 def test_editing(case):
@@ -252,7 +243,7 @@ def test_editing(case):
     state = editor.show([case.arrays["edit.image_uint8"]], [numbers(values["instruction"])],
                         seeds=[0])
     latent = editor.draw_latent(state, height=values["height"], width=values["width"])
-    relative("Editing latent", latent[0], case.arrays["edit.latent"], LATENT)
+    relative("editing: latent", latent[0], case.arrays["edit.latent"], LATENT)
 
 
 def test_understanding(case):
@@ -266,4 +257,4 @@ def test_understanding(case):
     written = chat.write(state, want_logits=True)
     length = int(written.lengths[0])
     assert np.asarray(written.ids)[0, :length].tolist() == values["answer_raw"]
-    relative("Understanding: logits", written.logits[0, :length], logits[:length], LATENT)
+    relative("understanding: logits of each step", written.logits[0, :length], logits[:length], LATENT)

@@ -112,6 +112,6 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
         flow = make_flow(batch, latent, noise, config.loss.timestep_shift)
         (ce, mse), grads = gradient(state.params, batch, flow)
         metrics = {"loss": config.loss.ce_weight * ce + config.loss.mse_weight * mse, "ce": ce, "mse": mse,
-                   "learning_rate": rate(state.step), "grad_norm": optax.global_norm(grads)}
+                   "learning_rate": rate(state.step), "grad_norm": optax.tree.norm(grads)}
         return update(state, grads), metrics
     return step
