@@ -63,7 +63,9 @@ class PackedBatch(NamedTuple):
 
     Text: token `text_ids`; `text_target` is the next token's id where `text_weight` > 0.
     ViT: `vit_patches` holds 14 x 14 x 3 uint8 values a token in (row, column, channel) order.
-    Latent: `latent_pixels` holds 16 x 16 x 3 uint8 values a token, tokens of an image row by row;
+    Latent: tokens of an image row by row, either as `latent_pixels`, 16 x 16 x 3 uint8 values a token,
+    or as `latent_moments`, the frozen encoder's means and log variances of the token's Z values; the
+    other has no values at all.
     `latent_image` is the token's slot in the image table (N for padding).
     Image table: `image_start` is the slot's first index in the latent stream, `image_height` and
     `image_width` count latent tokens (0 for an empty slot), `image_timestep` is the logit-normal draw
@@ -77,7 +79,8 @@ class PackedBatch(NamedTuple):
     vit_patches: Any     # uint8   [B, V, patch * patch * 3]
     vit_position: Any    # int32   [B, V]   row * side + column in the learned table
     vit_rows: Rows       # [B, V] each
-    latent_pixels: Any   # uint8   [B, G, 16 * 16 * 3]
+    latent_pixels: Any   # uint8   [B, G, 16 * 16 * 3] or [B, G, 0]
+    latent_moments: Any  # float16 or float32 [B, G, 2 * Z] or [B, G, 0]
     latent_position: Any # int32   [B, G]   row * side + column in the fixed table
     latent_image: Any    # int32   [B, G]
     latent_weight: Any   # float32 [B, G]   1 where the token carries the flow loss

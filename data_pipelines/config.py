@@ -45,11 +45,15 @@ class ImageTransform:
 
 @dataclasses.dataclass(frozen=True)
 class GroupConfig:
-    """One group of records: a learning mode and its share of the mixture."""
+    """One group of records: a learning mode or data set, and its share of the mixture."""
 
-    name: str                   # the mode: a folder of parquet files below the source
+    name: str                   # the mode; also the folder below the source unless `folder` is set
     weight: float = 1.0         # records drawn, relative to the other groups
     is_mandatory: bool = False  # every pack starts with one record of this group
+    kind: Literal["conversation", "text_to_image", "editing", "vision_language"] = "conversation"
+    folder: str = ""            # below <source>/<split>; empty: the name
+    vae_transform: ImageTransform | None = None  # instead of the mixture's
+    vit_transform: ImageTransform | None = None
 
     def __post_init__(self):
         if self.weight < 0 or (self.weight == 0 and not self.is_mandatory):
@@ -63,6 +67,7 @@ class DataConfig:
 
     source: str                        # folder that holds <split>/<group>/*.parquet
     groups: tuple[GroupConfig, ...]    # the mixture; in a config also {name: {weight, ...}}
+    moments: str = ""                  # folder of `python -m irg_jax.moments`; replaces VAE pixels
     split: str = "train"               # folder below source; "" for the released layout
     seed: int = 42                     # fixes order, packs, dropout and timesteps
 

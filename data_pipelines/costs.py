@@ -16,10 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.config import DataConfig
-from data_pipelines.records import Limits, Record, parse_conversation
+from data_pipelines.config import DataConfig, GroupConfig
+from data_pipelines.datasets import Source
 from data_pipelines.samples import Cost, measure
-from data_pipelines.sources import ParquetSource
 from data_pipelines.tokenizer import Tokenizer
 
 # The fields of DataConfig that a table depends on; the rest only arranges the same records.
@@ -76,14 +75,7 @@ def budget(config: DataConfig) -> Cost:
     return Cost(config.text_tokens, config.vit_tokens, config.latent_tokens, config.images)
 
 
-def read_record(source: ParquetSource, index: int, *, group: str, config: DataConfig) -> Record:
-    """Row `index` of a group, parsed. Raises ValueError naming file, row, turn and part."""
-    row = source[index]
-    limits = Limits(config.unknown_role, config.max_text_chars, config.max_image_bytes)
-    return parse_conversation(row.text, mode=group, place=row.place, limits=limits)
-
-
-def read_costs(source: ParquetSource, *, group: str, config: DataConfig, tokenizer: Tokenizer,
+def read_costs(source: Source, *, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
                bad: BadRecords) -> CostTable:
     """The cost table of one group, from `index_dir` if it is there.
 
@@ -92,8 +84,8 @@ def read_costs(source: ParquetSource, *, group: str, config: DataConfig, tokeniz
     """
     path = None
     if config.index_dir:
-        name = _fingerprint(source, config, tokenizer)
-        path = pathlib.Path(config.index_dir) / f"costs-{group}-{name}.npz"
+        name = _fingerprint(source, group, config, tokenizer)
+        path = pathlib.Path(config.index_dir) / f"costs-{group.name}-{name}.npz"
     if path and path.exists():
         table = _load(path)
     else:
@@ -109,14 +101,14 @@ def read_costs(source: ParquetSource, *, group: str, config: DataConfig, tokeniz
     return table
 
 
-def _measure_all(source: ParquetSource, group: str, config: DataConfig, tokenizer: Tokenizer,
+def _measure_all(source: Source, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
                  bad: BadRecords) -> CostTable:
     records, bad_reasons, oversize = [], [], []
     nothing = np.zeros((0, 1 + len(Cost._fields)), np.int32)
-    for index in tqdm(range(len(source)), f"costs of {group}", disable=None, leave=False):
+    for index in tqdm(range(len(source)), f"costs of {group.name}", disable=None, leave=False):
         try:
-            record = read_record(source, index, group=group, config=config)
-            items = measure(record, config, tokenizer)
+            record = source[index]
+            items = measure(record, config, tokenizer, group=group)
         except ValueError as error:
             bad_reasons.append(str(error))
             bad.add(str(error))  # raises at once when the allowance is spent, not hours later
@@ -141,11 +133,10 @@ def _oversize_reason(items: np.ndarray, config: DataConfig) -> str:
     return ", ".join(over)
 
 
-def _fingerprint(source: ParquetSource, config: DataConfig, tokenizer: Tokenizer) -> str:
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-             for file in source.files]
+def _fingerprint(source: Source, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer) -> str:
     fields = dataclasses.asdict(config)
-    key = [stats, {name: fields[name] for name in _FIELDS}, tokenizer.fingerprint]
+    key = [source.digest, dataclasses.asdict(group), {name: fields[name] for name in _FIELDS},
+           tokenizer.fingerprint]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 

@@ -7,32 +7,36 @@ Arrays here are those of a single pack, without the leading B axis.
 from collections.abc import Iterable
 
 import numpy as np
+from einops import rearrange
 
 from data_pipelines.batch import PackedBatch, Rows, padding_rows
 from data_pipelines.config import DataConfig
 from data_pipelines.images import grid_position, patchify
-from data_pipelines.samples import Gap, Item, Text, VAEImage, ViTImage
+from data_pipelines.moments import Layout
+from data_pipelines.samples import Gap, Item, Text, VAEImage, VAEMoments, ViTImage
 from data_pipelines.tokenizer import Tokenizer
 
 
 def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
-             tokenizer: Tokenizer) -> PackedBatch:
+             tokenizer: Tokenizer, moments: Layout | None = None) -> PackedBatch:
     """Lays samples one after the other into the streams of one pack.
 
     Args:
         samples: each a sequence of items; together within the budgets of `config`.
         tokenizer: gives the ids of the four control tokens.
+        moments: of the samples' VAE images, if they come as moments and not as pixels.
     Returns: a PackedBatch of numpy arrays without the B axis.
     Source: `pack_sequence` of BAGEL's data/dataset_base.py.
     """
-    writer = _Writer(config, tokenizer)
+    writer = _Writer(config, tokenizer, moments)
     for sample in samples:
         writer.add(sample)
     return writer.batch
 
 
-def empty_pack(config: DataConfig) -> PackedBatch:
+def empty_pack(config: DataConfig, moments: Layout | None = None) -> PackedBatch:
     """One pack of nothing but padding, to be filled in place."""
+    num_pixels = 0 if moments else config.latent_patch**2 * 3
     num_text, num_vit = config.text_tokens, config.vit_tokens
     num_latent, num_images = config.latent_tokens, config.images
     return PackedBatch(
@@ -43,7 +47,9 @@ def empty_pack(config: DataConfig) -> PackedBatch:
         vit_patches=np.zeros((num_vit, config.vit_patch**2 * 3), np.uint8),
         vit_position=np.zeros(num_vit, np.int32),
         vit_rows=padding_rows((num_vit,)),
-        latent_pixels=np.zeros((num_latent, config.latent_patch**2 * 3), np.uint8),
+        latent_pixels=np.zeros((num_latent, num_pixels), np.uint8),
+        latent_moments=np.zeros((num_latent, moments.values if moments else 0),
+                                moments.dtype if moments else np.float32),
         latent_position=np.zeros(num_latent, np.int32),
         latent_image=np.full(num_latent, num_images, np.int32),
         latent_weight=np.zeros(num_latent, np.float32),
@@ -57,8 +63,8 @@ def empty_pack(config: DataConfig) -> PackedBatch:
 class _Writer:
     """The cursors of a pack being written; `first` and `rope` are those of the current sample."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
-        self.batch = empty_pack(config)
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, moments: Layout | None):
+        self.batch = empty_pack(config, moments)
         self._config, self._tokenizer = config, tokenizer
         self._text = self._vit = self._latent = self._image = 0
         self._order = self._first = self._rope = 0
@@ -71,7 +77,7 @@ class _Writer:
                     self._add_text(item)
                 case ViTImage():
                     self._add_vit(item)
-                case VAEImage():
+                case VAEImage() | VAEMoments():
                     self._add_vae(item)
                 case Gap():
                     self._rope += 1
@@ -103,12 +109,18 @@ class _Writer:
         self.batch.vit_position[where] = grid_position(height, width, self._config.vit_max_side)
         self._add_block(self.batch.vit_rows, where, noised=False)
 
-    def _add_vae(self, item: VAEImage) -> None:
-        batch, patch, slot = self.batch, self._config.latent_patch, self._image
-        height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
+    def _add_vae(self, item: VAEImage | VAEMoments) -> None:
+        batch, slot = self.batch, self._image
+        if isinstance(item, VAEMoments):
+            stream, values = batch.latent_moments, rearrange(item.moments, "h w z -> (h w) z")
+            height, width = item.moments.shape[:2]
+        else:
+            patch = self._config.latent_patch
+            stream, values = batch.latent_pixels, patchify(item.image, patch)
+            height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
         where = slice(self._latent, self._latent + height * width)
         self._latent, self._image = where.stop, slot + 1
-        batch.latent_pixels[where] = patchify(item.image, patch)
+        stream[where] = values
         batch.latent_position[where] = grid_position(height, width, self._config.max_latent_size)
         batch.latent_image[where] = slot
         batch.latent_weight[where] = item.noised

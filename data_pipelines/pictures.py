@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipelines.images import decode_image
 from data_pipelines.records import ImagePart, parse_conversation
-from data_pipelines.sources import ParquetSource
+from data_pipelines.sources import ParquetRows
 
 MAX_PIXELS = 2**22
 
@@ -17,7 +17,7 @@ def load_pictures(folder: str | pathlib.Path, *, count: int) -> np.ndarray:
     Raises: ValueError if records are broken, there are too few, or sizes differ.
     """
     modes = sorted(path for path in pathlib.Path(folder).iterdir() if path.is_dir())
-    sources = {path.name: ParquetSource(path) for path in modes}
+    sources = {path.name: ParquetRows(path) for path in modes}
     pictures: list[np.ndarray] = []
     for index in range(max(map(len, sources.values()), default=0)):
         for mode, source in sources.items():

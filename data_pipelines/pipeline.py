@@ -16,11 +16,12 @@ import numpy as np
 
 from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.config import DataConfig
-from data_pipelines.costs import BadRecords, budget, read_costs, read_record
+from data_pipelines.costs import BadRecords, budget, read_costs
+from data_pipelines.datasets import open_source
+from data_pipelines.moments import Moments, describe
 from data_pipelines.packing import assemble
-from data_pipelines.planning import Planner
-from data_pipelines.samples import Cost, draw, realise
-from data_pipelines.sources import ParquetSource
+from data_pipelines.planning import Entry, Planner
+from data_pipelines.samples import Cost, Item, realise
 from data_pipelines.tokenizer import Tokenizer
 
 _ENDLESS = 2**40  # steps; Grain's MapDataset wants a length
@@ -39,12 +40,13 @@ class Packs:
         """
         self.config, self._tokenizer = config, tokenizer
         self.bad = BadRecords(config.max_bad_records)
-        names = [group.name for group in config.groups]
-        self._sources = {name: ParquetSource(f"{config.source}/{config.split}/{name}",
-                                             cache_mib=config.cache_mib) for name in names}
-        self.tables = {name: read_costs(source, group=name, config=config, tokenizer=tokenizer,
+        self._groups = {group.name: group for group in config.groups}
+        self._sources = {name: open_source(config, group) for name, group in self._groups.items()}
+        self.tables = {name: read_costs(self._sources[name], group=group, config=config, tokenizer=tokenizer,
                                         bad=self.bad)
-                       for name, source in self._sources.items()}
+                       for name, group in self._groups.items()}
+        self._moments = {name: self._open_moments(group) for name, group in self._groups.items()}
+        self._layout = next(iter(self._moments.values())).layout if config.moments else None
         journal = None
         if config.index_dir:
             journal = pathlib.Path(config.index_dir) / f"plan-{self.fingerprint[:16]}.jsonl"
@@ -53,17 +55,24 @@ class Packs:
     def __getitem__(self, index: int) -> PackedBatch:
         samples = []
         for entry in self.planner[index].entries:
-            kinds = self.tables[entry.group].record(entry.index)[:, 0]
-            draws = draw(kinds, self.config, group=entry.group, epoch=entry.epoch,
-                         index=entry.index)
             try:
-                record = read_record(self._sources[entry.group], entry.index, group=entry.group,
-                                     config=self.config)
-                samples.append(realise(record, draws, self.config, self._tokenizer))
+                samples.append(self._sample(entry))
             except ValueError as error:
                 # The pack keeps its other records, so that batches stay the same everywhere.
                 self.bad.add(str(error))
-        return assemble(samples, config=self.config, tokenizer=self._tokenizer)
+        return assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout)
+
+    def _sample(self, entry: Entry) -> list[Item]:
+        record, moments = self._sources[entry.group][entry.index], self._moments[entry.group]
+        return realise(record, self.planner.draws(entry), self.config, self._tokenizer,
+                       group=self._groups[entry.group],
+                       moments=moments.of(entry.index, record) if moments else None)
+
+    def _open_moments(self, group: GroupConfig) -> Moments | None:
+        if not self.config.moments:
+            return None
+        digest = self._sources[group.name].digest
+        return Moments(self.config.moments, group, wanted=describe(self.config, group, digest=digest))
 
     @property
     def fingerprint(self) -> str:

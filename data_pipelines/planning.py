@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.costs import CostTable, budget
-from data_pipelines.samples import Cost, draw
+from data_pipelines.samples import Cost, Draws, draw
 
 CHUNK = 64         # packs planned at a time
 _KEPT_STATES = 16  # chunks to go back to, in memory, without planning from the beginning
@@ -45,12 +45,13 @@ class Pack(NamedTuple):
 class _Queue:
     """The endless sequence of a group's records, and the window of it that competes for places."""
 
-    def __init__(self, name: str, table: CostTable, config: DataConfig):
-        self.name = name
+    def __init__(self, group: GroupConfig, table: CostTable, config: DataConfig):
+        self.name = group.name
+        self._group = group
         self._table, self._config = table, config
         self._usable = np.flatnonzero(np.diff(table.offsets))
         if not len(self._usable):
-            raise ValueError(f"group {name!r} has no usable record")
+            raise ValueError(f"group {self.name!r} has no usable record")
         self._epoch = self._cursor = 0
         self._order = self._shuffle(0)
         self.window: list[Entry] = []
@@ -98,9 +99,8 @@ class _Queue:
 
     def _cost(self, entry: Entry) -> np.ndarray:
         items = self._table.record(entry.index)
-        keep = draw(items[:, 0], self._config, group=self.name, epoch=entry.epoch,
-                    index=entry.index).keep
-        return items[keep, 1:].sum(axis=0, dtype=np.int64)
+        draws = draw(items[:, 0], self._config, group=self._group, epoch=entry.epoch, index=entry.index)
+        return items[draws.chosen[draws.keep], 1:].sum(axis=0, dtype=np.int64)
 
 
 class _Draft:
@@ -150,8 +150,9 @@ class Planner:
         self._budget = np.array(budget(config), np.int64)
         # Fill is compared in integers: a float sum may round differently on another machine.
         self._scale = 2**32 // np.maximum(self._budget, 1)
-        self._queues = {group.name: _Queue(group.name, tables[group.name], config)
-                        for group in config.groups}
+        self._groups = {group.name: group for group in config.groups}
+        self._tables = tables
+        self._queues = {name: _Queue(group, tables[name], config) for name, group in self._groups.items()}
         self._mandatory = [group.name for group in config.groups if group.is_mandatory]
         self._weights = {group.name: group.weight for group in config.groups if group.weight > 0}
         self._taken = dict.fromkeys(self._weights, 0)    # by weight, mandatory records aside
@@ -169,6 +170,11 @@ class Planner:
             if number not in self._chunks:
                 self._plan_to(number)
             return self._chunks[number][offset]
+
+    def draws(self, entry: Entry) -> Draws:
+        """The randomness of a planned sample, the same that its cost was planned with."""
+        kinds = self._tables[entry.group].record(entry.index)[:, 0]
+        return draw(kinds, self._config, group=self._groups[entry.group], epoch=entry.epoch, index=entry.index)
 
     def _plan_to(self, number: int) -> None:
         states = self._journalled | self._states

@@ -8,13 +8,14 @@ record), so the planner and the assembler, in any process, see the same sample.
 
 import enum
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipelines import images
-from data_pipelines.config import DataConfig, ImageTransform
+from data_pipelines.choices import choose
+from data_pipelines.config import DataConfig, GroupConfig, ImageTransform
 from data_pipelines.records import ImagePart, Record, TextPart
 from data_pipelines.tokenizer import Tokenizer
 
@@ -60,16 +61,25 @@ class VAEImage(NamedTuple):
     timestep: float = -np.inf
 
 
+class VAEMoments(NamedTuple):
+    """A VAE image as the encoder's moments, float [h, w, 2 * Z] for h x w latent tokens."""
+
+    moments: np.ndarray
+    noised: bool
+    timestep: float = -np.inf
+
+
 class Gap(NamedTuple):
     """A dropped image condition: no token, but RoPE advances by one, as in the original."""
 
 
-Item = Text | ViTImage | VAEImage | Gap
+Item = Text | ViTImage | VAEImage | VAEMoments | Gap
 
 
 class Draws(NamedTuple):
-    """The randomness of one sample, an entry for each item."""
+    """The randomness of one sample, an entry for each of the items that make it."""
 
+    chosen: np.ndarray    # int64 [items]: indices into the record's candidates, see `choices.choose`
     keep: np.ndarray      # bool [items]
     timestep: np.ndarray  # float32 [items], N(0, 1)
 
@@ -88,7 +98,7 @@ def unfold(record: Record) -> Iterator[tuple[Kind, TextPart | ImagePart]]:
             yield Kind.VIT, part
 
 
-def measure(record: Record, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
+def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: GroupConfig) -> np.ndarray:
     """int32 [items, 5]: kind and the four fields of `Cost`, from texts and image headers alone.
 
     Raises: ValueError naming the part whose image cannot be read or outgrows its position table.
@@ -98,7 +108,7 @@ def measure(record: Record, config: DataConfig, tokenizer: Tokenizer) -> np.ndar
         if kind == Kind.TEXT:
             rows.append((kind, len(tokenizer.encode(part.text)) + BRACKETS, 0, 0, 0))
             continue
-        transform, patch, side = _image_rule(kind, config)
+        transform, patch, side = image_rule(kind, config, group)
         width, height = images.target_size(
             *images.image_size(part.data, where=part.place, max_pixels=config.max_image_pixels),
             transform)
@@ -111,51 +121,54 @@ def measure(record: Record, config: DataConfig, tokenizer: Tokenizer) -> np.ndar
     return np.array(rows, np.int32).reshape(-1, 1 + len(Cost._fields))
 
 
-def draw(kinds: np.ndarray, config: DataConfig, *, group: str, epoch: int, index: int) -> Draws:
-    """Conditioning dropout and timesteps of one sample; a function of its arguments alone.
+def draw(kinds: np.ndarray, config: DataConfig, *, group: GroupConfig, epoch: int, index: int) -> Draws:
+    """Choice, conditioning dropout and timesteps of one sample; a function of its arguments alone.
 
     Args:
-        kinds: int [items], the sample's `Kind` codes.
+        kinds: int [candidates], the record's `Kind` codes.
     Every text is droppable, loss-bearing or not; an image that is learned never is.
     Source: `enable_cfg` and `timestep` in BAGEL's data/dataset_base.py.
     """
     # crc32 names the group, so that adding a group changes no other group's draws.
-    rng = np.random.default_rng((config.seed, zlib.crc32(group.encode()), epoch, index))
+    rng = np.random.default_rng((config.seed, zlib.crc32(group.name.encode()), epoch, index))
     probability = np.array((config.text_dropout, config.vit_dropout, config.vae_dropout, 0.0))
-    keep = rng.random(len(kinds)) >= probability[kinds]
-    return Draws(keep, rng.standard_normal(len(kinds)).astype(np.float32))
+    uniform, timestep = rng.random((2, len(kinds))), rng.standard_normal(len(kinds)).astype(np.float32)
+    chosen = choose(group.kind, kinds, uniform[0])
+    return Draws(chosen, uniform[1, chosen] >= probability[kinds[chosen]], timestep[chosen])
 
 
-def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokenizer) -> list[Item]:
+def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokenizer, *,
+            group: GroupConfig, moments: Mapping[str, np.ndarray] | None = None) -> list[Item]:
     """The sample itself: texts encoded, images decoded and resized, dropped items gone or gaps.
 
+    Args: moments of the record's VAE images by the place of their part, instead of pixels.
     Raises: ValueError naming the part whose image does not decode.
     """
     items: list[Item] = []
     decoded: dict[str, np.ndarray] = {}  # a part that enters as VAE and ViT is decoded once
-    drawn = zip(unfold(record), draws.keep, draws.timestep, strict=True)
-    for (kind, part), keep, timestep in drawn:
+    candidates = list(unfold(record))
+    for index, keep, timestep in zip(*draws, strict=True):
+        kind, part = candidates[index]
+        noised = kind == Kind.NOISED
+        timestep = float(timestep) if noised else -np.inf
         if kind == Kind.TEXT:
             if keep:
                 items.append(Text(tokenizer.encode(part.text), part.need_loss))
-            continue
-        if not keep:
+        elif not keep:
             items.append(Gap())
-            continue
-        if part.place not in decoded:
-            decoded[part.place] = images.decode_image(part.data, where=part.place,
-                                                      max_pixels=config.max_image_pixels)
-        image = images.resize(decoded[part.place], _image_rule(kind, config)[0])
-        if kind == Kind.VIT:
-            items.append(ViTImage(image))
+        elif kind != Kind.VIT and moments is not None:
+            items.append(VAEMoments(moments[part.place], noised, timestep))
         else:
-            noised = kind == Kind.NOISED
-            items.append(VAEImage(image, noised, float(timestep) if noised else -np.inf))
+            if part.place not in decoded:
+                decoded[part.place] = images.decode_image(part.data, where=part.place,
+                                                          max_pixels=config.max_image_pixels)
+            image = images.resize(decoded[part.place], image_rule(kind, config, group)[0])
+            items.append(ViTImage(image) if kind == Kind.VIT else VAEImage(image, noised, timestep))
     return items
 
 
-def _image_rule(kind: Kind, config: DataConfig) -> tuple[ImageTransform, int, int]:
+def image_rule(kind: Kind, config: DataConfig, group: GroupConfig) -> tuple[ImageTransform, int, int]:
     """The transform, patch and position table side of an image item."""
     if kind == Kind.VIT:
-        return config.vit_transform, config.vit_patch, config.vit_max_side
-    return config.vae_transform, config.latent_patch, config.max_latent_size
+        return group.vit_transform or config.vit_transform, config.vit_patch, config.vit_max_side
+    return group.vae_transform or config.vae_transform, config.latent_patch, config.max_latent_size

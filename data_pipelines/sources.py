@@ -1,4 +1,4 @@
-"""Random access to the rows of a built data set: `<source>/<split>/<mode>/*.parquet`.
+"""Random access to the rows of parquet files: `<source>/<split>/<group>/*.parquet`.
 
 Rows are read by row group, a few of which stay in memory, and every page is checked against its
 checksum: without that, most flipped bytes in a parquet file are silently wrong text.
@@ -31,7 +31,7 @@ class _RowGroup(NamedTuple):
     num_rows: int
 
 
-class ParquetSource:
+class ParquetRows:
     """All rows of one group: `len(source)` rows, `source[i]` is a `Row`. Safe for many threads."""
 
     def __init__(self, folder: str | pathlib.Path, *, cache_mib: int = 256):

@@ -19,7 +19,7 @@ from data_pipelines.build import build
 from data_pipelines.config import BuildConfig, from_config_dict, load_config
 from data_pipelines.pictures import load_pictures
 from data_pipelines.records import TextPart, parse_conversation
-from data_pipelines.sources import ParquetSource
+from data_pipelines.sources import ParquetRows
 from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 from irg_jax.checkpoints.bagel import export_folder
 from irg_jax.checkpoints.model import Model, load_model, save_model
@@ -55,7 +55,7 @@ def make_tokenizer(data: pathlib.Path, vocab_size: int) -> Tokenizer:
     """A byte-level BPE over all texts of the data set, and of IRGL's records, which use the same words."""
     texts = []
     for folder in sorted((data / "train").iterdir()):
-        source = ParquetSource(folder)
+        source = ParquetRows(folder)
         for index in range(min(len(source), 2000)):
             record = parse_conversation(source[index].text, mode=folder.name, place=source[index].place)
             texts += [part.text for part in record.parts if isinstance(part, TextPart)]

@@ -16,7 +16,7 @@ from data_pipelines.config import BuildConfig, GroupConfig, ImageTransform, from
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
 from data_pipelines.shapes import records as shapes
-from data_pipelines.sources import ParquetSource
+from data_pipelines.sources import ParquetRows
 from data_pipelines.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def test_files_and_manifest(built):
     for mode, count in CONFIG.counts.items():
         files = sorted((built / "train" / mode).iterdir())
         assert [file.name for file in files] == [f"{i:04d}.parquet" for i in range(-(-count // 4))]
-        assert len(ParquetSource(built / "train" / mode)) == count
+        assert len(ParquetRows(built / "train" / mode)) == count
         assert pyarrow.parquet.ParquetFile(files[0]).metadata.row_group(0).num_rows == 2
     prompts = [json.loads(line) for line in open(built / "prompts_heldout.jsonl", encoding="utf-8")]
     assert len(prompts) == 6 and len({prompt["id"] for prompt in prompts}) == 6
@@ -63,7 +63,7 @@ def test_files_and_manifest(built):
 
 @pytest.mark.parametrize("mode", SEQUENCES)
 def test_records_follow_their_mode(built, mode):
-    row = ParquetSource(built / "train" / mode)[0]
+    row = ParquetRows(built / "train" / mode)[0]
     parts = parse_conversation(row.text, mode=mode, place=row.place).parts
     flags = [part.need_loss if isinstance(part, TextPart) else tuple(part[1:4]) for part in parts]
     system, *rest = flags
@@ -81,7 +81,7 @@ def test_more_records_leave_the_first_ones_alone(built, tmp_path):
     more = dataclasses.replace(CONFIG, counts=dict.fromkeys(CONFIG.counts, 6))
     build(more, out=tmp_path / "more")
     for mode, count in CONFIG.counts.items():
-        one, other = (ParquetSource(out / "train" / mode) for out in (built, tmp_path / "more"))
+        one, other = (ParquetRows(out / "train" / mode) for out in (built, tmp_path / "more"))
         assert [one[i].text for i in range(count)] == [other[i].text for i in range(count)]
 
 
@@ -139,7 +139,7 @@ def test_the_shipped_configuration(size, total):
 def test_built_data_train(built):
     """The whole way: every mode from parquet to a packed batch."""
     texts = [part.text for mode in shapes.MODES for part in parse_conversation(
-        ParquetSource(built / "train" / mode)[0].text, mode=mode, place="").parts
+        ParquetRows(built / "train" / mode)[0].text, mode=mode, place="").parts
         if isinstance(part, TextPart)]
     config = data_config(
         source=str(built), groups=tuple(GroupConfig(mode) for mode in shapes.MODES),

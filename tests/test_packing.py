@@ -15,7 +15,7 @@ from data_pipelines.config import GroupConfig
 from data_pipelines.costs import CostTable, budget
 from data_pipelines.packing import assemble, empty_pack
 from data_pipelines.planning import CHUNK, Planner
-from data_pipelines.samples import Gap, Kind, Text, VAEImage, ViTImage, draw
+from data_pipelines.samples import Gap, Kind, Text, VAEImage, ViTImage
 from test_batch import dense_mask
 
 # ---- assemble ---------------------------------------------------------------------------------
@@ -179,9 +179,8 @@ def test_plan_keeps_budgets_and_epochs(seed, groups, lookahead, slack, dropout):
         total = np.zeros(4, int)
         for entry in pack.entries:
             items = tables[entry.group].record(entry.index)
-            keep = draw(items[:, 0], config, group=entry.group, epoch=entry.epoch,
-                        index=entry.index).keep
-            total += items[keep, 1:].sum(axis=0)
+            draws = planner.draws(entry)
+            total += items[draws.chosen[draws.keep], 1:].sum(axis=0)
             seen[entry.group, entry.epoch].append(entry.index)
         assert tuple(total) == pack.cost
         assert (total <= budget(config)).all()

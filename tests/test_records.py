@@ -8,7 +8,7 @@ import pytest
 
 from data_cases import conversation, write_rows
 from data_pipelines.records import ImagePart, Limits, TextPart, parse_conversation
-from data_pipelines.sources import ParquetSource
+from data_pipelines.sources import ParquetRows
 
 PLACE = "a.parquet row 7"
 
@@ -85,7 +85,7 @@ def test_rows_in_any_order_and_their_places(tmp_path):
     rows = [f"row {i}" for i in range(10)]
     first = write_rows(tmp_path / "0000.parquet", rows[:7])
     second = write_rows(tmp_path / "sub" / "0001.parquet", rows[7:])
-    source = ParquetSource(tmp_path, cache_mib=1)
+    source = ParquetRows(tmp_path, cache_mib=1)
     assert len(source) == 10
     for i in np.random.default_rng(0).permutation(10):
         file, row = (first, i) if i < 7 else (second, i - 7)
@@ -96,17 +96,17 @@ def test_rows_in_any_order_and_their_places(tmp_path):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match="no parquet file in .*build the data set first"):
-        ParquetSource(tmp_path)
+        ParquetRows(tmp_path)
     for content in (b"", b"PAR1 but not really PAR1"):
         (tmp_path / "bad.parquet").write_bytes(content)
         with pytest.raises(ValueError, match="bad.parquet: not a readable parquet file"):
-            ParquetSource(tmp_path)
+            ParquetRows(tmp_path)
     write_rows(tmp_path / "bad.parquet", [])
     with pytest.raises(ValueError, match="bad.parquet: the parquet file has no rows"):
-        ParquetSource(tmp_path)
+        ParquetRows(tmp_path)
     write_rows(tmp_path / "bad.parquet", ["x"], column="text")
     with pytest.raises(ValueError, match=r"bad.parquet: no column 'conversation'; it has .'text'"):
-        ParquetSource(tmp_path)
+        ParquetRows(tmp_path)
 
 
 def test_one_flipped_byte_is_noticed(tmp_path):
@@ -121,7 +121,7 @@ def test_one_flipped_byte_is_noticed(tmp_path):
         broken[place] ^= 0x10
         path.write_bytes(broken)
         try:
-            source = ParquetSource(tmp_path)
+            source = ParquetRows(tmp_path)
             read = [source[i].text for i in range(len(source))]
         except ValueError as error:
             assert "0000.parquet" in str(error)
@@ -137,4 +137,4 @@ def test_null_rows_are_named(tmp_path):
     table = pyarrow.table({"conversation": pyarrow.array(["a", None], pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
     with pytest.raises(ValueError, match="0.parquet row 1: the conversation is null"):
-        ParquetSource(tmp_path)[1]
+        ParquetRows(tmp_path)[1]

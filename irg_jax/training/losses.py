@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipelines.batch import PackedBatch
 from irg_jax.models.autoencoder import Autoencoder
@@ -51,7 +51,10 @@ def encode_latents(
     """Scaled latents of all images of the batch, image by image on a square canvas of `canvas` tokens.
 
     The canvas border is masked (see `Autoencoder.encode`), so a latent depends on its image alone.
+    Batches that carry moments are sampled from them, and nothing is encoded.
     """
+    if batch.latent_moments.shape[-1]:
+        return draw_latents(vae, batch.latent_moments, config, key)
     packs, slots = batch.image_start.shape
     side, pixels = canvas, math.isqrt(batch.latent_pixels.shape[-1] // 3)
     patch = pixels // vae.config.downsample
@@ -81,6 +84,22 @@ def encode_latents(
     row, column = jnp.divmod(local, jnp.maximum(of_token(batch.image_width), 1))
     index = jnp.where(batch.latent_image < slots, (slot * side + row) * side + column, 0)
     return jax.lax.stop_gradient(jnp.take_along_axis(canvases, index[..., None], axis=1))
+
+
+def encode_moments(vae: Autoencoder, pixels: UInt8[Array, "B H W 3"], patch: int, dtype: DTypeLike
+                   ) -> Float[Array, "B G Y"]:
+    """Means, then log variances, of the latent tokens of whole images; unscaled, float32."""
+    moments = vae.encode(normalize_pixels(pixels, dtype))
+    return jnp.concatenate([pack_latent(x.astype(jnp.float32), patch) for x in moments], axis=-1)
+
+
+def draw_latents(vae: Autoencoder, moments: Float[Array, "B G Y"], config: LossConfig, key: jax.Array
+                 ) -> Float[Array, "B G Z"]:
+    """Scaled latents from precomputed moments; the posterior is that of `encode_latents`."""
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    if config.posterior == "sample":
+        mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    return jax.lax.stop_gradient(vae.scale(mean))
 
 
 def make_flow(batch: PackedBatch, latent: Float[Array, "B G Z"], noise: Float[Array, "B G Z"],
