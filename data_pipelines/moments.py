@@ -10,7 +10,6 @@ ArrayRecord checks every block against its checksum, so a flipped bit is an erro
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 import json
 import pathlib
@@ -62,7 +61,7 @@ def decode_entry(data: bytes, layout: Layout, *, where: str) -> list[np.ndarray]
     table = np.frombuffer(data[4:header], "<i4").reshape(count, 2)
     sizes = [int(height) * int(width) * layout.values for height, width in table]
     if (table <= 0).any() or len(data) != header + sum(sizes) * dtype.itemsize:
-        raise ValueError(f"{where}: the entry's {len(data)} bytes do not hold images of {table.tolist()} tokens")
+        raise ValueError(f"{where}: the entry's {len(data)} bytes are not images of {table.tolist()} tokens")
     values = np.split(np.frombuffer(data[header:], dtype), np.cumsum(sizes)[:-1]) if count else []
     return [image.reshape(height, width, layout.values) for image, (height, width) in zip(values, table)]
 
@@ -123,10 +122,6 @@ def read_manifest(folder: str | pathlib.Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         Layout(**manifest["layout"]), manifest["vae"], manifest["groups"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no manifest of moments ({error!r}); run python -m irg_jax.moments") from error
+        raise ValueError(f"{path} is no manifest of moments ({error!r}); run "
+                         "python -m irg_jax.moments") from error
     return manifest
-
-
-def digest_of(manifest: Mapping[str, Any]) -> str:
-    """sha256 of a manifest, for fingerprints."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

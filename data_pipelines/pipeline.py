@@ -15,7 +15,7 @@ import grain
 import numpy as np
 
 from data_pipelines.batch import PackedBatch, Rows
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.costs import BadRecords, budget, read_costs
 from data_pipelines.datasets import open_source
 from data_pipelines.moments import Moments, describe
