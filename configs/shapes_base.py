@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
                           "eps": 1e-8, "b2": 0.98, "ema_decay": 0.99},
             "data": {
                 "source": "data",            # below the workdir
+                "moments": "moments",        # below the workdir; computed before the first step
                 "groups": {"text_to_image": {"weight": 3.0}, "description": {"weight": 1.5},
                            "understanding": {"weight": 0.5}},
                 "packs_per_step": 8,

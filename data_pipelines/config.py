@@ -124,6 +124,12 @@ class DataConfig:
             if getattr(self, transform).stride % getattr(self, patch):
                 raise ValueError(f"{transform}.stride must be a multiple of {patch}")
 
+    @property
+    def canvas(self) -> int:
+        """Side of the square, in latent tokens, that holds any VAE image of the mixture."""
+        transforms = [group.vae_transform or self.vae_transform for group in self.groups]
+        return max(transform.max_size for transform in transforms) // self.latent_patch
+
 
 def load_config(path: str, *, overrides: Mapping[str, Any] | None = None) -> Any:
     """Runs `get_config()` of a config file; `file.py:arg` calls `get_config(arg)`.

@@ -12,9 +12,10 @@ import bisect
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,6 +114,39 @@ class Moments:
             known = number, array_record_module.ArrayRecordReader(str(self._files[number]))
             self._readers.last = known
         return known[1]
+
+
+def write_shard(path: pathlib.Path, entries: Iterable[Sequence[np.ndarray] | None], layout: Layout) -> int:
+    """Writes the entries of consecutive records, None as an empty one, and returns how many were None.
+
+    The file is whole or absent.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    bad = 0
+    for images in entries:
+        bad += images is None
+        writer.write(encode_entry([image.astype(layout.dtype) for image in images or ()]))
+    writer.close()
+    temporary.replace(path)
+    return bad
+
+
+def write_manifest(folder: pathlib.Path, inputs: Mapping[str, Any], *, shard: int,
+                   counts: Mapping[str, int]) -> None:
+    """Completes a folder whose groups have files of `shard` records. Raises: ValueError if one is missing."""
+    groups = {}
+    for name, count in counts.items():
+        sizes = {f"{number:05d}.array_record": min(shard, count - start)
+                 for number, start in enumerate(range(0, count, shard))}
+        missing = [file for file in sizes if not (folder / name / file).exists()]
+        if missing:
+            raise ValueError(f"{folder / name} lacks {', '.join(missing)}; run python -m irg_jax.moments again")
+        groups[name] = inputs["groups"][name] | {"files": sizes}
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(dict(inputs) | {"groups": groups}, indent=1), encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict[str, Any]:

@@ -42,8 +42,7 @@ class TrainConfig:
                              f"accumulate = {self.accumulate} parts")
 
     def step_config(self) -> StepConfig:
-        return StepConfig(self.loss, self.optimizer, self.total_steps, self.seed,
-                          self.data.vae_transform.max_size // self.data.latent_patch,
+        return StepConfig(self.loss, self.optimizer, self.total_steps, self.seed, self.data.canvas,
                           self.accumulate, self.dtype, self.remat)
 
 

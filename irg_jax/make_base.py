@@ -29,6 +29,7 @@ from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.training.autoencoder import AutoencoderConfig, measure_latents, train_autoencoder
 from irg_jax.training.loop import train
+from irg_jax.training.moments import compute_moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +95,13 @@ def prepare(config: BaseConfig, workdir: pathlib.Path) -> None:
 def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
     prepare(config, workdir)
-    stage = dataclasses.replace(
-        config.train, init_from=str(workdir / config.train.init_from),
-        data=dataclasses.replace(config.train.data, source=str(workdir / config.train.data.source)))
+    below = lambda path: str(workdir / path)
+    data = dataclasses.replace(config.train.data, source=below(config.train.data.source),
+                               moments=below(config.train.data.moments))
+    stage = dataclasses.replace(config.train, init_from=below(config.train.init_from), data=data)
+    if not (workdir / stage.stage / "model.json").exists():
+        compute_moments(data, load_model(stage.init_from), pathlib.Path(data.moments), dtype=stage.dtype,
+                        batch_size=64)
     if train(stage, workdir) < stage.total_steps:
         return
     export_folder(load_model(workdir / stage.stage), values.out, dtype="bfloat16")

@@ -187,6 +187,6 @@ class Autoencoder(nnx.Module):
         """Pixels of a scaled latent (not clipped)."""
         return self.decoder(latent / self.config.scale_factor + self.config.shift_factor)
 
-    def scale(self, z: Float[Array, "B h w Z"]) -> Float[Array, "B h w Z"]:
+    def scale(self, z: Float[Array, "..."]) -> Float[Array, "..."]:
         """A posterior sample as the latent that flow matching works on."""
         return self.config.scale_factor * (z - self.config.shift_factor)

@@ -27,6 +27,7 @@ from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
 from irg_jax.training.metrics import MetricWriter
+from irg_jax.training.moments import check_moments
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.step import TrainState, create_state, make_step
 
@@ -124,6 +125,7 @@ class Trainer:
         self.start = self.bundles.latest() or 0
         source = load_stage_frozen(self.folder) if self.start else open_model(config, workdir)
         check_model(config.data, source.config)
+        check_moments(config.data, source)
         if source.tokenizer is None:
             raise ValueError(f"{config.init_from} has no tokenizer.json; training needs one")
         self.model = Functional(lambda rngs: IRG(source.config, rngs=rngs))

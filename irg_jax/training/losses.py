@@ -45,61 +45,65 @@ def shift_timestep(t: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def encode_latents(
-    vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, key: jax.Array, dtype: DTypeLike
-) -> Float[Array, "B G Z"]:
-    """Scaled latents of all images of the batch, image by image on a square canvas of `canvas` tokens.
+def encode_image(
+    vae: Autoencoder, pixels: UInt8[Array, "G X"], height: Int[Array, ""], width: Int[Array, ""],
+    dtype: DTypeLike
+) -> Float[Array, "G Y"]:
+    """Means, then log variances (float32, unscaled), of the tokens of one image on a square canvas.
 
-    The canvas border is masked (see `Autoencoder.encode`), so a latent depends on its image alone.
-    Batches that carry moments are sampled from them, and nothing is encoded.
+    `pixels` holds the canvas token by token; the image is its top left height x width tokens. What lies
+    beyond is masked (see `Autoencoder.encode`), so the moments depend on the image alone.
     """
-    if batch.latent_moments.shape[-1]:
-        return draw_latents(vae, batch.latent_moments, config, key)
-    packs, slots = batch.image_start.shape
-    side, pixels = canvas, math.isqrt(batch.latent_pixels.shape[-1] // 3)
-    patch = pixels // vae.config.downsample
+    side, size = math.isqrt(pixels.shape[0]), math.isqrt(pixels.shape[1] // 3)
     rows, columns = jnp.divmod(jnp.arange(side * side), side)
+    inside = (rows < height) & (columns < width)
+    image = rearrange(pixels, "(r c) (p q x) -> 1 (r p) (c q) x", r=side, p=size, x=3)
+    mask = repeat(inside, "(r c) -> 1 (r p) (c q) 1", r=side, p=size, q=size)
+    moments = vae.encode(normalize_pixels(image, dtype), mask)
+    return jnp.concatenate([pack_latent(x.astype(jnp.float32), size // vae.config.downsample)[0]
+                            for x in moments], axis=-1)
+
+
+def encode_moments(
+    vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, dtype: DTypeLike
+) -> Float[Array, "B G Y"]:
+    """Moments of all latent tokens of a batch, image by image on a square canvas of `canvas` tokens."""
+    packs, slots = batch.image_start.shape
+    rows, columns = jnp.divmod(jnp.arange(canvas * canvas), canvas)
 
     def encode(slot):
-        pack, start, height, width, slot_key = slot
+        pack, start, height, width = slot
         inside = (rows < height) & (columns < width)
         token = jnp.where(inside, start + rows * width + columns, 0)
-        image = rearrange(batch.latent_pixels[pack, token], "(r c) (p q x) -> (r p) (c q) x",
-                          r=side, p=pixels, x=3)
-        mask = repeat(inside, "(r c) -> (r p) (c q) 1", r=side, p=pixels, q=pixels)
-        mean, logvar = vae.encode(normalize_pixels(image, dtype)[None], mask[None])
-        if config.posterior == "sample":
-            mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(slot_key, mean.shape, mean.dtype)
-        return pack_latent(vae.scale(mean.astype(jnp.float32)), patch)[0]
+        return encode_image(vae, batch.latent_pixels[pack, token], height, width, dtype)
 
     pack = jnp.broadcast_to(jnp.arange(packs)[:, None], (packs, slots))
-    table = (pack, batch.image_start, batch.image_height, batch.image_width,
-             jax.random.split(key, (packs, slots)))
+    table = (pack, batch.image_start, batch.image_height, batch.image_width)
     canvases = jax.lax.map(encode, tuple(x.reshape(-1) for x in table), batch_size=config.vae_batch)
-    canvases = canvases.reshape(packs, slots * side * side, -1)
+    canvases = canvases.reshape(packs, slots * canvas * canvas, -1)
 
     slot = jnp.minimum(batch.latent_image, slots - 1)
     of_token = lambda table: jnp.take_along_axis(table, slot, axis=1)
     local = jnp.arange(batch.latent_image.shape[1]) - of_token(batch.image_start)
     row, column = jnp.divmod(local, jnp.maximum(of_token(batch.image_width), 1))
-    index = jnp.where(batch.latent_image < slots, (slot * side + row) * side + column, 0)
-    return jax.lax.stop_gradient(jnp.take_along_axis(canvases, index[..., None], axis=1))
+    index = jnp.where(batch.latent_image < slots, (slot * canvas + row) * canvas + column, 0)
+    return jnp.take_along_axis(canvases, index[..., None], axis=1)
 
 
-def encode_moments(vae: Autoencoder, pixels: UInt8[Array, "B H W 3"], patch: int, dtype: DTypeLike
-                   ) -> Float[Array, "B G Y"]:
-    """Means, then log variances, of the latent tokens of whole images; unscaled, float32."""
-    moments = vae.encode(normalize_pixels(pixels, dtype))
-    return jnp.concatenate([pack_latent(x.astype(jnp.float32), patch) for x in moments], axis=-1)
+def encode_latents(
+    vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, key: jax.Array, dtype: DTypeLike
+) -> Float[Array, "B G Z"]:
+    """Scaled latents of all images of the batch, drawn from their posterior.
 
-
-def draw_latents(vae: Autoencoder, moments: Float[Array, "B G Y"], config: LossConfig, key: jax.Array
-                 ) -> Float[Array, "B G Z"]:
-    """Scaled latents from precomputed moments; the posterior is that of `encode_latents`."""
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    Batches that carry moments skip the encoder; the posterior, and the noise, are the same.
+    """
+    moments = batch.latent_moments.astype(jnp.float32)
+    if not moments.shape[-1]:
+        moments = encode_moments(vae, batch, config, canvas, dtype)
+    latent, logvar = jnp.split(moments, 2, axis=-1)
     if config.posterior == "sample":
-        mean = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-    return jax.lax.stop_gradient(vae.scale(mean))
+        latent = latent + jnp.exp(0.5 * logvar) * jax.random.normal(key, latent.shape)
+    return jax.lax.stop_gradient(vae.scale(latent))
 
 
 def make_flow(batch: PackedBatch, latent: Float[Array, "B G Z"], noise: Float[Array, "B G Z"],
