@@ -1,147 +1,72 @@
-"""Writes a data set in the released record format.
+"""Writes a data set: the shapes world as parquet, or a folder in the released layout as ArrayRecord.
 
     python -m data_pipelines.build --config configs/shapes_data.py \
         --source shapes --format parquet --out DIR
+    python -m data_pipelines.build --config configs/irgl_stage1.py --tokenizer TOKENIZER.json \
+        --source IRGL-300K --format array_record --out DIR
 
-DIR/train/<mode>/0000.parquet ...   one column `conversation`, pages with checksums
-DIR/prompts_heldout.jsonl           prompts that no training record shows
-DIR/manifest.json                   counts, configuration, versions, sha256 of every file
+The first is described in `shapes/build.py`. The second reads `<mode>/*.parquet`, perhaps below a folder
+for the split, and writes
 
-The same configuration gives the same bytes. Everything is written to a folder beside DIR that
-takes its name at the very end, so DIR is whole or absent.
+    DIR/[<split>/]<mode>/   a TFDS data set, see `tfds_builder.py`, with the records' costs
+    DIR/manifest.json       counts of each mode, what it was built from, sha256 and size of every file
+
+Everything is written beside DIR and takes its name at the very end, so DIR is whole or absent. A build
+that was killed goes on where it ended. One bad record, and nothing is written but the list of all.
 """
 
-import dataclasses
-import hashlib
-import itertools
 import json
 import pathlib
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import PIL
-import pyarrow
-import pyarrow.parquet
 from absl import flags
-from tqdm import tqdm
 
 from data_pipelines import command
-from data_pipelines.config import BuildConfig, from_config_dict
-from data_pipelines.shapes import records as shapes
-from data_pipelines.sources import COLUMN
+from data_pipelines.config import BuildConfig, DataConfig, from_config_dict
+from data_pipelines.digests import MANIFEST
+from data_pipelines.shapes.build import build
 
-MANIFEST = "manifest.json"
-PROMPTS = "prompts_heldout.jsonl"
-NUM_PROBED = 4  # records of each mode that tell whether the generator is still the same
-
-
-def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = False) -> bool:
-    """Generates the shapes data set into `out`.
-
-    Returns: False if `out` already holds exactly this data set, True if it was written.
-    Raises: ValueError if `out` holds anything else (a data set is replaced with `overwrite`), or if
-        the configuration names an unknown mode.
-    """
-    out = pathlib.Path(out)
-    known = {*shapes.MODES, *shapes.BASE_MODES}
-    for mode in config.counts:
-        if mode not in known:
-            raise ValueError(f"counts name the unknown mode {mode!r}; use {sorted(known)}")
-    prompts = [json.dumps(prompt, sort_keys=True) + "\n" for prompt
-               in shapes.heldout_prompts(config.num_heldout_prompts, seed=config.seed)]
-    wanted = _describe(config, prompts)
-    if out.exists() and any(out.iterdir()) and _is_built(out, wanted, overwrite):
-        return False
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
-    partial.mkdir(parents=True)
-    with tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress:
-        for mode, count in config.counts.items():
-            _write_mode(partial / "train" / mode, mode, count, config, progress)
-    (partial / PROMPTS).write_text("".join(prompts), encoding="utf-8")
-    versions = {"numpy": np.__version__, "pillow": PIL.__version__,
-                "pyarrow": pyarrow.__version__}
-    manifest = wanted | {"versions": versions, "files": _digests(partial)}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
-    return True
-
-
-def _describe(config: BuildConfig, prompts: list[str]) -> dict[str, Any]:
-    """What the data set is: its configuration, and a probe of what the generator makes of it."""
-    probe = hashlib.sha256("".join(prompts).encode())
-    for mode in config.counts:
-        for text in itertools.islice(_conversations(mode, config), NUM_PROBED):
-            probe.update(text.encode())
-    return {"source": "shapes", "format": "parquet", "config": dataclasses.asdict(config),
-            "probe": probe.hexdigest()}
-
-
-def _is_built(out: pathlib.Path, wanted: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is the wanted data set; False only if it is one that may be replaced."""
-    path = out / MANIFEST
-    if not path.is_file():
-        # Never removed, whatever the flags say: this is not ours.
-        raise ValueError(f"{str(out)!r} exists and is no data set (it has no {MANIFEST}); choose "
-                         "another --out")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON; remove {str(out)!r} and build again") from error
-    differing = [key for key, value in wanted.items() if manifest.get(key) != value]
-    if not differing and manifest.get("files") != _digests(out):
-        differing = ["files"]
-    if not differing or overwrite:
-        return not differing
-    raise ValueError(f"{str(out)!r} holds another data set (its {', '.join(differing)} differ); "
-                     "pass --overwrite to replace it, or choose another --out")
-
-
-def _write_mode(folder: pathlib.Path, mode: str, count: int, config: BuildConfig,
-                progress: tqdm) -> None:
-    folder.mkdir(parents=True)
-    schema = pyarrow.schema([(COLUMN, pyarrow.string())])
-    conversations = _conversations(mode, config)
-    for number, start in enumerate(range(0, count, config.rows_per_file)):
-        path = folder / f"{number:04d}.parquet"
-        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd",
-                                           write_page_checksum=True) as writer:
-            end = min(start + config.rows_per_file, count)
-            for row in range(start, end, config.rows_per_group):
-                size = min(config.rows_per_group, end - row)
-                rows = list(itertools.islice(conversations, size))
-                writer.write_table(pyarrow.table([rows], schema=schema))
-                progress.update(size)
-
-
-def _conversations(mode: str, config: BuildConfig) -> Iterator[str]:
-    for index in itertools.count():
-        rng = shapes.generator(config.seed, mode, index)
-        yield json.dumps(shapes.record(mode, rng, split="train", side=config.side))
-
-
-def _digests(folder: pathlib.Path) -> dict[str, str]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in files}
+SHAPES = "shapes"
 
 
 def main(values: Any) -> None:
-    config = from_config_dict(BuildConfig, values.config)
-    written = build(config, out=values.out, overwrite=values.overwrite)
-    print(f"{'wrote' if written else 'already built:'} {sum(config.counts.values())} records of "
-          f"{len(config.counts)} modes in {values.out}")
+    if (values.format == "parquet") != (values.source == SHAPES):
+        raise ValueError(f"--source {values.source} cannot be written as {values.format}; {SHAPES} is written "
+                         "as parquet, and a folder of parquet as array_record")
+    if values.source == SHAPES:
+        config = from_config_dict(BuildConfig, values.config)
+        written = build(config, out=values.out, overwrite=values.overwrite)
+        records, modes = sum(config.counts.values()), len(config.counts)
+    else:
+        written, records, modes = _convert(values)
+    print(f"{'wrote' if written else 'already built:'} {records} records of {modes} modes in {values.out}")
+
+
+def _convert(values: Any) -> tuple[bool, int, int]:
+    from data_pipelines.conversion import convert  # TFDS takes long to import
+    if "data" not in values.config:
+        raise ValueError("the configuration has no field `data`, whose transforms decide what records cost; "
+                         "name one for training, like configs/irgl_stage1.py")
+    if not values.tokenizer:
+        raise ValueError("--tokenizer is missing: name the model's tokenizer.json, which counts the tokens")
+    written = convert(
+        values.source, out=values.out, config=from_config_dict(DataConfig, values.config.data, path="data"),
+        tokenizer=values.tokenizer, overwrite=values.overwrite, drop_bad=values.drop_bad, decode=values.decode,
+        workers=values.workers, shard_mib=values.shard_mib)
+    modes = json.loads((pathlib.Path(values.out) / MANIFEST).read_text(encoding="utf-8"))["modes"]
+    return written, sum(mode["records"] for mode in modes.values()), len(modes)
 
 
 if __name__ == "__main__":
-    command.define_config("The data set's configuration file.")
-    flags.DEFINE_enum("source", "shapes", ["shapes"], "Where the records come from.")
-    flags.DEFINE_enum("format", "parquet", ["parquet"], "The file format of the records.")
+    command.define_config("The data set's configuration file, or one for training.")
+    flags.DEFINE_string("source", SHAPES, "shapes, or a folder of <mode>/*.parquet.")
+    flags.DEFINE_enum("format", "parquet", ["parquet", "array_record"], "The file format of the records.")
     flags.DEFINE_string("out", None, "Folder of the data set.")
     flags.DEFINE_bool("overwrite", False, "Replace another data set in --out.")
+    flags.DEFINE_string("tokenizer", None, "tokenizer.json that counts the texts' tokens.")
+    flags.DEFINE_bool("drop_bad", False, "Leave bad records out, and name them in the manifest.")
+    flags.DEFINE_bool("decode", True, "Decode every image once, to be sure of it.")
+    flags.DEFINE_integer("workers", 0, "Processes; 0: one for each core.", lower_bound=0)
+    flags.DEFINE_integer("shard_mib", 256, "Size of a file, about, in MiB of unpacked parquet.", lower_bound=1)
     flags.mark_flags_as_required(["config", "out"])
     command.run(main)

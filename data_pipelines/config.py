@@ -77,7 +77,7 @@ class DataConfig:
     latent_tokens: int = 16384         # G: latent tokens of a pack
     images: int = 8                    # N: image slots of a pack (noised and clean VAE images)
     max_tokens_per_record: int = 32768  # a longer one is oversize, even if a pack holds it
-    oversize: Literal["error", "drop"] = "error"  # drop: leave out, count and log
+    oversize: Literal["bad", "drop"] = "bad"  # counts as a bad record; drop: left out at will
     lookahead: int = 32                # records of each group that compete for a place in a pack
     mixture_slack: int = 4             # records a group may run ahead of its weight to fill a pack
     patience: int = 8                  # packs that may pass over a record before it opens one
@@ -95,28 +95,30 @@ class DataConfig:
     ce_reweight: bool = False          # weight a text's tokens by 1 / sqrt(its loss tokens)
 
     unknown_role: Literal["error", "ignore"] = "error"  # turns that are not user or assistant
-    max_bad_records: int = 0           # records that may be left out, each named; 0 stops at once
+    max_bad_share: float = 0.001       # of a group's records may be bad; one more ends the run
     max_text_chars: int = 65_536       # of one text part
     max_image_bytes: int = 32 * 2**20  # of one encoded image
     max_image_pixels: int = 2**25      # width * height of one image, checked before decoding
 
     read_threads: int = 4              # threads that decode and assemble packs ahead of the step
+    workers: int = 0                   # processes that do so instead, one thread each
     prefetch: int = 4                  # batches of this process held ready
     cache_mib: int = 256               # of parquet row groups kept in memory, for each group
     index_dir: str = ""                # keeps cost tables and plan between runs; "" for nowhere
+    stage_dir: str = ""                # `source` is copied here before the start; "" reads it in place
+    accept_changed_data: bool = False  # resume although what decides the batches has changed
 
     def __post_init__(self):
         _require_positive(self, (
             "packs_per_step", "text_tokens", "max_tokens_per_record", "lookahead", "patience",
             "latent_patch", "vit_patch", "max_latent_size", "vit_max_side", "max_text_chars",
             "max_image_bytes", "max_image_pixels", "read_threads", "prefetch", "cache_mib"))
-        for name in ("vit_tokens", "latent_tokens", "images", "mixture_slack", "max_bad_records",
-                     "seed"):
+        for name in ("vit_tokens", "latent_tokens", "images", "mixture_slack", "seed", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
-        for name in ("text_dropout", "vit_dropout", "vae_dropout"):
+        for name in ("text_dropout", "vit_dropout", "vae_dropout", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a probability is in [0, 1]")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
         names = [group.name for group in self.groups]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"groups are {names}; name at least one group, and each once")

@@ -1,30 +1,30 @@
-"""What every record costs in each stream, read once from texts and image headers.
+"""What every record costs in each stream, from texts and image headers.
 
-The planner works on these tables alone. Reading a large data set for its headers takes hours, so
-with `index_dir` set the tables are kept there, under a name that changes with all they depend on.
+The planner works on these tables alone. A data set that we built brings them along. Reading another for
+its headers takes hours when it is large, so with `index_dir` set its tables are kept there, under a name
+that changes with all they depend on. Which records fit no pack is found from a table at every start, so
+other budgets need no other table.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 import os
 import pathlib
-import threading
+import zipfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.choices import largest
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.datasets import Source
+from data_pipelines.faults import BadRecords, Fault
 from data_pipelines.samples import Cost, measure
+from data_pipelines.stored_costs import describe_costs
 from data_pipelines.tokenizer import Tokenizer
-
-# The fields of DataConfig that a table depends on; the rest only arranges the same records.
-_FIELDS = ("text_tokens", "vit_tokens", "latent_tokens", "images", "max_tokens_per_record",
-           "vae_transform", "vit_transform", "latent_patch", "vit_patch", "max_latent_size",
-           "vit_max_side", "unknown_role", "max_text_chars", "max_image_bytes", "max_image_pixels")
 
 
 class CostTable(NamedTuple):
@@ -46,28 +46,13 @@ class CostTable(NamedTuple):
         """int32 [items, 5] of one record."""
         return self.items[self.offsets[index]:self.offsets[index + 1]]
 
-
-class BadRecords:
-    """Counts records that had to be left out, names each, and stops over `limit`. Thread-safe."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._named: set[str] = set()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._named)
-
-    def add(self, reason: str) -> None:
-        """Raises: ValueError with `reason` if that makes more than `limit` records."""
-        with self._lock:
-            if reason in self._named:  # met again in a later epoch
-                return
-            self._named.add(reason)
-            count = len(self._named)
-        if count > self._limit:
-            raise ValueError(f"{reason} (bad record {count}; max_bad_records is {self._limit})")
-        logging.warning("left out bad record %d of at most %d: %s", count, self._limit, reason)
+    def without(self, indices: list[int], reasons: tuple[str, ...]) -> "CostTable":
+        """The same records, but these have no items, for they are oversize."""
+        counts = np.diff(self.offsets)
+        is_left = np.ones(len(self), bool)
+        is_left[indices] = False
+        items = self.items[np.repeat(is_left, counts)]
+        return CostTable(items, np.concatenate([[0], np.cumsum(counts * is_left)]), self.bad, reasons)
 
 
 def budget(config: DataConfig) -> Cost:
@@ -77,82 +62,98 @@ def budget(config: DataConfig) -> Cost:
 
 def read_costs(source: Source, *, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
                bad: BadRecords) -> CostTable:
-    """The cost table of one group, from `index_dir` if it is there.
+    """The cost table of one group: the data set's own, or from `index_dir`, or measured.
 
-    Raises: ValueError if more records than allowed are bad, or if one fits no pack and `oversize`
-        is "error".
+    Raises: ValueError if more records than allowed are bad; one that fits no pack is, unless
+        `oversize` is "drop".
     """
+    table = measure_costs(source, group=group, config=config, tokenizer=tokenizer, bad=bad)
+    indices, sentences = [], []
+    for index, reason in find_oversize(table, group=group, config=config):
+        indices.append(index)
+        # Naming the file means reading the record; records that are dropped at will may be many.
+        place = source[index].place if config.oversize == "bad" else f"record {index} of group {group.name!r}"
+        sentences.append(f"{place}: the record fits no pack ({reason})")
+        if config.oversize == "bad":
+            bad.add(Fault(group.name, f"{sentences[-1]}; raise the budgets, or set oversize to 'drop'"))
+        else:
+            logging.warning("left out an oversize record: %s", sentences[-1])
+    return table.without(indices, tuple(sentences)) if indices else table
+
+
+def measure_costs(source: Source, *, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
+                  bad: BadRecords) -> CostTable:
+    """The costs of all records that can be read, whatever a pack holds.
+
+    Raises: ValueError if more records than allowed are bad.
+    """
+    key = describe_costs(config, group, tokenizer)
+    stored = source.stored_costs(key) if hasattr(source, "stored_costs") else None
+    if stored:
+        return CostTable(*stored)
     path = None
     if config.index_dir:
-        name = _fingerprint(source, group, config, tokenizer)
-        path = pathlib.Path(config.index_dir) / f"costs-{group.name}-{name}.npz"
+        name = json.dumps([source.digest, key, config.unknown_role], sort_keys=True)
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        path = pathlib.Path(config.index_dir) / f"costs-{group.name}-{digest}.npz"
     if path and path.exists():
         table = _load(path)
-    else:
-        table = _measure_all(source, group, config, tokenizer, bad)
-        if path:
-            _save(path, table)
-    for reason in table.bad:
-        bad.add(reason)
-    for reason in table.oversize:
-        if config.oversize == "error":
-            raise ValueError(f"{reason}; raise the budgets, or set oversize to 'drop'")
-        logging.warning("left out an oversize record: %s", reason)
+        for reason in table.bad:
+            bad.add(Fault(group.name, reason))
+        return table
+    table = _measure_all(source, group, config, tokenizer, bad)
+    if path:
+        _save(path, table)
     return table
+
+
+def find_oversize(table: CostTable, *, group: GroupConfig, config: DataConfig) -> Iterator[tuple[int, str]]:
+    """Records that fit no pack, and why. Dropout may make one smaller; that is not counted on."""
+    limits = np.array([*budget(config), config.max_tokens_per_record])
+    sums = np.zeros((len(table.items) + 1, len(Cost._fields)), np.int64)
+    np.cumsum(table.items[:, 1:], axis=0, out=sums[1:])
+    totals = _with_tokens(sums[table.offsets[1:]] - sums[table.offsets[:-1]])
+    # Of captions or edits a sample holds but some: what fits as a whole needs no closer look.
+    for index in (totals > limits).any(axis=1).nonzero()[0].tolist():
+        costs = _with_tokens(largest(group.kind, table.record(index)))
+        names = [*Cost._fields, "tokens"]
+        over = [f"{name} {cost} > {'max_tokens_per_record ' if name == 'tokens' else ''}{limit}"
+                for name, cost, limit in zip(names, costs.max(axis=0), limits) if cost > limit]
+        if over:
+            yield index, ", ".join(over)
+
+
+def _with_tokens(costs: np.ndarray) -> np.ndarray:
+    """[n, 4] -> [n, 5]: the tokens of the three streams together, too."""
+    return np.concatenate([costs, costs[:, :3].sum(axis=1, keepdims=True)], axis=1)
 
 
 def _measure_all(source: Source, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
                  bad: BadRecords) -> CostTable:
-    records, bad_reasons, oversize = [], [], []
-    nothing = np.zeros((0, 1 + len(Cost._fields)), np.int32)
+    records, reasons = [], []
     for index in tqdm(range(len(source)), f"costs of {group.name}", disable=None, leave=False):
         try:
-            record = source[index]
-            items = measure(record, config, tokenizer, group=group)
+            items = measure(source[index], config, tokenizer, group=group)
         except ValueError as error:
-            bad_reasons.append(str(error))
-            bad.add(str(error))  # raises at once when the allowance is spent, not hours later
-            items = nothing
-        reason = _oversize_reason(items, config)
-        if reason:
-            oversize.append(f"{record.place}: the record fits no pack ({reason})")
-            items = nothing
+            reasons.append(str(error))
+            bad.add(Fault(group.name, str(error)))  # raises when the allowance is spent, not hours later
+            items = np.zeros((0, 1 + len(Cost._fields)), np.int32)
         records.append(items)
     offsets = np.cumsum([0, *map(len, records)], dtype=np.int64)
-    return CostTable(np.concatenate(records), offsets, tuple(bad_reasons), tuple(oversize))
-
-
-def _oversize_reason(items: np.ndarray, config: DataConfig) -> str:
-    """Why a record fits no pack; empty if it fits. Dropout may make it smaller; not counted on."""
-    cost = Cost(*(int(total) for total in items[:, 1:].sum(axis=0)))
-    over = [f"{name} {value} > {limit}" for name, value, limit
-            in zip(Cost._fields, cost, budget(config)) if value > limit]
-    tokens = cost.text + cost.vit + cost.latent
-    if tokens > config.max_tokens_per_record:
-        over.append(f"tokens {tokens} > max_tokens_per_record {config.max_tokens_per_record}")
-    return ", ".join(over)
-
-
-def _fingerprint(source: Source, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer) -> str:
-    fields = dataclasses.asdict(config)
-    key = [source.digest, dataclasses.asdict(group), {name: fields[name] for name in _FIELDS},
-           tokenizer.fingerprint]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return CostTable(np.concatenate(records), offsets, tuple(reasons))
 
 
 def _save(path: pathlib.Path, table: CostTable) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several hosts may share the folder: each writes its own file, the rename decides.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    np.savez(temporary, items=table.items, offsets=table.offsets,
-             bad=np.array(table.bad, np.str_), oversize=np.array(table.oversize, np.str_))
+    np.savez(temporary, items=table.items, offsets=table.offsets, bad=np.array(table.bad, np.str_))
     os.replace(temporary, path)
 
 
 def _load(path: pathlib.Path) -> CostTable:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return CostTable(file["items"], file["offsets"], tuple(file["bad"].tolist()),
-                             tuple(file["oversize"].tolist()))
-    except (OSError, ValueError, KeyError) as error:
+            return CostTable(file["items"], file["offsets"], tuple(file["bad"].tolist()))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: the cost table is damaged ({error}); delete it") from error

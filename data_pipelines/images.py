@@ -51,12 +51,20 @@ def resize(image: np.ndarray, transform: ImageTransform, *, num_images: int = 1)
     """uint8 [H, W, 3] -> uint8 [h, w, 3] of `target_size`, by Pillow's antialiased bicubic."""
     height, width = image.shape[:2]
     size = target_size(width, height, transform, num_images=num_images)
+    if size == (width, height):
+        return image
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
 
 def patchify(image: np.ndarray, patch: int) -> np.ndarray:
     """[h * p, w * p, C] -> [h * w, p * p * C]: tokens row by row, (row, column, channel) within."""
     return rearrange(image, "(h p) (w q) c -> (h w) (p q c)", p=patch, q=patch)
+
+
+def write_patches(image: np.ndarray, patch: int, into: np.ndarray) -> None:
+    """`patchify` into an array that is there already, without another copy of the pixels."""
+    cells = rearrange(image, "(h p) (w q) c -> h w p q c", p=patch, q=patch)
+    into.reshape(cells.shape)[...] = cells
 
 
 def unpatchify(patches: np.ndarray, height: int, width: int, patch: int) -> np.ndarray:
@@ -90,7 +98,7 @@ def decode_image(data: bytes, *, where: str, max_pixels: int) -> np.ndarray:
             if "A" in image.mode or "transparency" in image.info:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
             raise ValueError(f"{where}: the image does not decode ({error})") from error
 

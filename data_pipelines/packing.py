@@ -11,24 +11,26 @@ from einops import rearrange
 
 from data_pipelines.batch import PackedBatch, Rows, padding_rows
 from data_pipelines.config import DataConfig
-from data_pipelines.images import grid_position, patchify
+from data_pipelines.images import grid_position, write_patches
 from data_pipelines.moments import Layout
 from data_pipelines.samples import Gap, Item, Text, VAEImage, VAEMoments, ViTImage
 from data_pipelines.tokenizer import Tokenizer
 
 
 def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
-             tokenizer: Tokenizer, moments: Layout | None = None) -> PackedBatch:
+             tokenizer: Tokenizer, moments: Layout | None = None,
+             into: PackedBatch | None = None) -> PackedBatch:
     """Lays samples one after the other into the streams of one pack.
 
     Args:
         samples: each a sequence of items; together within the budgets of `config`.
         tokenizer: gives the ids of the four control tokens.
         moments: of the samples' VAE images, if they come as moments and not as pixels.
+        into: an `empty_pack` to fill, instead of a new one.
     Returns: a PackedBatch of numpy arrays without the B axis.
     Source: `pack_sequence` of BAGEL's data/dataset_base.py.
     """
-    writer = _Writer(config, tokenizer, moments)
+    writer = _Writer(config, tokenizer, into or empty_pack(config, moments))
     for sample in samples:
         writer.add(sample)
     return writer.batch
@@ -63,9 +65,8 @@ def empty_pack(config: DataConfig, moments: Layout | None = None) -> PackedBatch
 class _Writer:
     """The cursors of a pack being written; `first` and `rope` are those of the current sample."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, moments: Layout | None):
-        self.batch = empty_pack(config, moments)
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch: PackedBatch):
+        self.batch, self._config, self._tokenizer = batch, config, tokenizer
         self._text = self._vit = self._latent = self._image = 0
         self._order = self._first = self._rope = 0
 
@@ -105,22 +106,23 @@ class _Writer:
         height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
         where = slice(self._vit, self._vit + height * width)
         self._vit = where.stop
-        self.batch.vit_patches[where] = patchify(item.image, patch)
+        write_patches(item.image, patch, self.batch.vit_patches[where])
         self.batch.vit_position[where] = grid_position(height, width, self._config.vit_max_side)
         self._add_block(self.batch.vit_rows, where, noised=False)
 
     def _add_vae(self, item: VAEImage | VAEMoments) -> None:
         batch, slot = self.batch, self._image
         if isinstance(item, VAEMoments):
-            stream, values = batch.latent_moments, rearrange(item.moments, "h w z -> (h w) z")
             height, width = item.moments.shape[:2]
         else:
             patch = self._config.latent_patch
-            stream, values = batch.latent_pixels, patchify(item.image, patch)
             height, width = item.image.shape[0] // patch, item.image.shape[1] // patch
         where = slice(self._latent, self._latent + height * width)
         self._latent, self._image = where.stop, slot + 1
-        stream[where] = values
+        if isinstance(item, VAEMoments):
+            batch.latent_moments[where] = rearrange(item.moments, "h w z -> (h w) z")
+        else:
+            write_patches(item.image, patch, batch.latent_pixels[where])
         batch.latent_position[where] = grid_position(height, width, self._config.max_latent_size)
         batch.latent_image[where] = slot
         batch.latent_weight[where] = item.noised

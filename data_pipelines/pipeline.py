@@ -1,68 +1,131 @@
 """Packed batches for the trainer: plan -> read -> assemble -> stack, and one integer of state.
 
-Step s of the run is packs [s * packs_per_step, (s + 1) * packs_per_step) of the plan, whoever
-reads them: each of `process_count` processes takes its own contiguous share. So the global batches
-are the same on any number of processes, and the position to resume from is the next step.
+Step s of the run is packs [s * packs_per_step, (s + 1) * packs_per_step) of the plan, whoever reads
+them: each of `process_count` processes takes its own contiguous share, and reads it in threads, or
+deals its steps out to worker processes. What a pack holds depends on the data, the config and its index
+alone. So the global batches are the same for any number of processes and workers, and the position to
+resume from is the next step.
+
+A record that turns out broken when it is read is replaced by the next of its group that fits into the
+room the plan gave it, else by padding. Faults travel with the batch and are counted when the trainer
+takes it: a run past its allowance ends at the same step however far ahead it had read.
 """
 
-import hashlib
-import json
+import logging
+import operator
 import pathlib
-from dataclasses import asdict
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.config import DataConfig, GroupConfig
-from data_pipelines.costs import BadRecords, budget, read_costs
+from data_pipelines.costs import CostTable, budget, read_costs
 from data_pipelines.datasets import open_source
+from data_pipelines.faults import BadRecords, Fault
+from data_pipelines.fingerprints import compare, describe_data, digest_values
 from data_pipelines.moments import Moments, describe
-from data_pipelines.packing import assemble
+from data_pipelines.packing import assemble, empty_pack
 from data_pipelines.planning import Entry, Planner
 from data_pipelines.samples import Cost, Item, realise
+from data_pipelines.staging import stage
 from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.workers import explain_death, prefetch
 
-_ENDLESS = 2**40  # steps; Grain's MapDataset wants a length
-# What may change between two runs that resume one another: how the same batches are read.
-_READING = ("source", "read_threads", "prefetch", "cache_mib", "index_dir", "max_bad_records")
+_ENDLESS = 2**40     # packs or steps; Grain's MapDataset wants a length
+_MAX_SEARCHED = 4096  # records that are asked whether they can stand in for a broken one
+
+
+class Loaded(NamedTuple):
+    """Packs, and the faults that were met in reading them."""
+
+    batch: PackedBatch
+    faults: tuple[Fault, ...]
 
 
 class Packs:
-    """Random access to the packs of a plan: `packs[i]` is a PackedBatch without B. Thread-safe."""
+    """Random access to the packs of a plan: `packs[i]` is a PackedBatch without B. Thread-safe.
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, keep_journal: bool = True):
-        """Reads the costs of every record.
+    `grain.MapDataset.source(packs)` makes it a Grain data set. Copied into another process, it opens
+    the same files there and keeps the cost tables.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, keep_journal: bool = True,
+                 tables: Mapping[str, CostTable] | None = None):
+        """Reads the costs of every record, unless `tables` has them.
 
         Args: keep_journal lets this process write the plan's journal in `index_dir`; all read it.
-        Raises: ValueError as sources, costs and planning do.
+        Raises: ValueError as sources, costs and planning do, or if too many records are bad.
         """
         self.config, self._tokenizer = config, tokenizer
-        self.bad = BadRecords(config.max_bad_records)
         self._groups = {group.name: group for group in config.groups}
         self._sources = {name: open_source(config, group) for name, group in self._groups.items()}
-        self.tables = {name: read_costs(self._sources[name], group=group, config=config, tokenizer=tokenizer,
-                                        bad=self.bad)
-                       for name, group in self._groups.items()}
+        sizes = {name: len(source) for name, source in self._sources.items()}
+        self.bad = BadRecords(sizes, config.max_bad_share)
+        self.tables = tables or {
+            name: read_costs(self._sources[name], group=group, config=config, tokenizer=tokenizer, bad=self.bad)
+            for name, group in self._groups.items()}
         self._moments = {name: self._open_moments(group) for name, group in self._groups.items()}
         self._layout = next(iter(self._moments.values())).layout if config.moments else None
+        digests = {name: source.digest for name, source in self._sources.items()}
+        self.fingerprint = describe_data(config, tokenizer, self.tables, digests)
         journal = None
         if config.index_dir:
-            journal = pathlib.Path(config.index_dir) / f"plan-{self.fingerprint[:16]}.jsonl"
+            journal = pathlib.Path(config.index_dir) / f"plan-{digest_values(self.fingerprint)}.index"
         self.planner = Planner(config, self.tables, journal=journal, keep_journal=keep_journal)
 
-    def __getitem__(self, index: int) -> PackedBatch:
-        samples = []
-        for entry in self.planner[index].entries:
-            try:
-                samples.append(self._sample(entry))
-            except ValueError as error:
-                # The pack keeps its other records, so that batches stay the same everywhere.
-                self.bad.add(str(error))
-        return assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout)
+    def __reduce__(self):
+        return _reopen, (self.config, self._tokenizer, self.tables)
 
-    def _sample(self, entry: Entry) -> list[Item]:
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> PackedBatch:
+        return self.load(index).batch
+
+    def load(self, index: int, into: PackedBatch | None = None) -> Loaded:
+        """A pack without B, with the faults of its records; written `into` an empty one if given."""
+        faults: list[Fault] = []
+        samples = [self._sample(entry, faults) for entry in self.planner[index].entries]
+        batch = assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout,
+                         into=into)
+        return Loaded(batch, tuple(faults))
+
+    def empty(self, count: int) -> PackedBatch:
+        """`count` packs of nothing but padding."""
+        return _map_arrays(lambda array: np.stack([array] * count), empty_pack(self.config, self._layout))
+
+    def _sample(self, entry: Entry, faults: list[Fault]) -> list[Item]:
+        """The planned record, or the first that can be read and fits into its room; else nothing."""
+        for candidate in self._candidates(entry):
+            try:
+                return self._realise(candidate)
+            except ValueError as error:
+                faults.append(Fault(entry.group, str(error)))
+        return []
+
+    def _candidates(self, entry: Entry) -> Iterator[Entry]:
+        yield entry
+        room, count = self._cost(entry), len(self.tables[entry.group])
+        for step in range(1, min(count, _MAX_SEARCHED)):
+            candidate = entry._replace(index=(entry.index + step) % count)
+            cost = self._cost(candidate)
+            if cost.any() and (cost <= room).all():
+                yield candidate
+
+    def _cost(self, entry: Entry) -> np.ndarray:
+        """int [4]; zero for a record without items, which is bad or oversize."""
+        items = self.tables[entry.group].record(entry.index)
+        if not len(items):
+            return np.zeros(len(Cost._fields), np.int64)
+        draws = self.planner.draws(entry)
+        return items[draws.chosen[draws.keep], 1:].sum(axis=0)
+
+    def _realise(self, entry: Entry) -> list[Item]:
         record, moments = self._sources[entry.group][entry.index], self._moments[entry.group]
         return realise(record, self.planner.draws(entry), self.config, self._tokenizer,
                        group=self._groups[entry.group],
@@ -74,15 +137,31 @@ class Packs:
         digest = self._sources[group.name].digest
         return Moments(self.config.moments, group, wanted=describe(self.config, group, digest=digest))
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of all that decides the batches: config, tokenizer, the costs of every record."""
-        fields = {name: value for name, value in asdict(self.config).items()
-                  if name not in _READING}
-        digest = hashlib.sha256(json.dumps([fields, self._tokenizer.fingerprint]).encode())
-        for table in self.tables.values():
-            digest.update(table.items.tobytes() + table.offsets.tobytes())
-        return digest.hexdigest()
+
+def _reopen(config: DataConfig, tokenizer: Tokenizer, tables: dict[str, CostTable]) -> Packs:
+    return Packs(config, tokenizer, keep_journal=False, tables=tables)
+
+
+class Share:
+    """One process's part of every step: `share[step]` is Loaded with [packs_per_step / process_count, ...]."""
+
+    def __init__(self, packs: Packs, *, process_index: int, process_count: int):
+        """Raises: ValueError if packs_per_step does not divide by process_count."""
+        self._packs, self._all = packs, packs.config.packs_per_step
+        if self._all % process_count:
+            raise ValueError(f"packs_per_step {self._all} does not divide by {process_count} processes")
+        self._count = self._all // process_count
+        self._first = process_index * self._count
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, step: int) -> Loaded:
+        first = step * self._all + self._first
+        batch, faults = self._packs.empty(self._count), []
+        for i in range(self._count):
+            faults += self._packs.load(first + i, _map_arrays(operator.itemgetter(i), batch)).faults
+        return Loaded(batch, tuple(faults))
 
 
 class BatchIterator:
@@ -90,18 +169,25 @@ class BatchIterator:
 
     def __init__(self, packs: Packs, *, start: int, process_index: int, process_count: int):
         self.packs = packs
-        self._share = packs.config.packs_per_step // process_count
-        self._process_index = process_index
-        self._iterator: Any = None
+        self._share = Share(packs, process_index=process_index, process_count=process_count)
+        self._readers: list[grain.DatasetIterator] = []  # the one in use
+        weakref.finalize(self, _stop, self._readers)     # at the latest when Python ends
         self.set_state(start)
 
     def __iter__(self) -> "BatchIterator":
         return self
 
     def __next__(self) -> PackedBatch:
-        batch = next(self._iterator)
+        """Raises: ValueError if more records are bad than allowed, or if a worker was killed."""
+        try:
+            batch, faults = next(self._readers[0])
+        except RuntimeError as error:
+            raise explain_death(error) or error from error
+        for fault in faults:
+            self.packs.bad.add(fault)
         self._step += 1
-        return batch
+        # Grain unlinks a worker's shared memory when its array is collected; nobody may hold on to one.
+        return _map_arrays(np.array, batch) if self.packs.config.workers else batch
 
     def get_state(self) -> int:
         """The step whose batch comes next."""
@@ -113,59 +199,77 @@ class BatchIterator:
             raise ValueError(f"data position {step} is negative")
         self.close()
         config = self.packs.config
-        # Grain would keep 500 batches ready on 16 threads: gigabytes, where batches hold images.
-        options = grain.ReadOptions(num_threads=min(config.read_threads, config.prefetch),
-                                    prefetch_buffer_size=config.prefetch)
-        steps = grain.MapDataset.range(step, _ENDLESS)
-        self._iterator = iter(steps.map(self._load).to_iter_dataset(options))
+        self._readers.append(prefetch(grain.MapDataset.source(self._share)[step:], workers=config.workers,
+                                      threads=config.read_threads, batches=config.prefetch))
         self._step = step
 
-    def _load(self, step: int) -> PackedBatch:
-        """This process's share of a step's packs."""
-        first = step * self.packs.config.packs_per_step + self._process_index * self._share
-        packs = [self.packs[first + i] for i in range(self._share)]
-        return PackedBatch(*(_stack(field) for field in zip(*packs)))
-
     def close(self) -> None:
-        """Stops reading ahead."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        """Stops reading ahead, and the workers."""
+        _stop(self._readers)
+
+    def position(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps: the next step, and what decides the batches from there, as JSON."""
+        plan = digest_values([self.packs.planner[index].entries for index in self._packs_of(step)])
+        return {"next_step": step, "fingerprint": self.packs.fingerprint | {"plan": plan}}
+
+    def check_position(self, saved: Mapping[str, Any]) -> None:
+        """Compares a kept position with this run.
+
+        Raises: ValueError naming what changed, unless `accept_changed_data`; then it is logged.
+        """
+        known, step = saved["fingerprint"], saved["next_step"]
+        if not isinstance(known, Mapping):
+            known = {}  # of a run that kept one digest of everything
+        differences = compare(known, self.position(step)["fingerprint"])
+        if not differences:
+            return
+        sentence = f"since step {step} was saved, what decides the batches changed: {'; '.join(differences)}"
+        if not self.packs.config.accept_changed_data:
+            raise ValueError(f"{sentence}. Undo that, use another --workdir, or go on with other batches by "
+                             "--config.data.accept_changed_data=True")
+        logging.warning("%s", sentence)
 
     def fill(self, step: int) -> dict[str, float]:
         """Used share of each stream over all packs of a step, of all processes."""
-        first, count = step * self.packs.config.packs_per_step, self.packs.config.packs_per_step
-        used = np.sum([self.packs.planner[first + i].cost for i in range(count)], axis=0)
-        full = np.maximum(np.array(budget(self.packs.config)) * count, 1)
+        indices = self._packs_of(step)
+        used = np.sum([self.packs.planner[index].cost for index in indices], axis=0)
+        full = np.maximum(np.array(budget(self.packs.config)) * len(indices), 1)
         return dict(zip(Cost._fields, (used / full).tolist()))
 
     @property
     def counters(self) -> dict[str, int]:
-        """Records this process left out so far: `bad_records`, and `oversize_records`."""
-        oversize = sum(len(table.oversize) for table in self.packs.tables.values())
-        return {"bad_records": len(self.packs.bad), "oversize_records": oversize}
+        """Records left out so far: `bad_records`, `bad_<cause>` of them, and `oversize_records`.
 
-    @property
-    def fingerprint(self) -> str:
-        """See `Packs.fingerprint`; a resumed run whose value differs would get other batches."""
-        return self.packs.fingerprint
+        Those found at the start are counted by every process, those found later by the one that read.
+        """
+        oversize = sum(len(table.oversize) for table in self.packs.tables.values())
+        return self.packs.bad.counts | {"oversize_records": oversize}
+
+    def _packs_of(self, step: int) -> range:
+        count = self.packs.config.packs_per_step
+        return range(step * count, (step + 1) * count)
 
 
 def make_iterator(config: DataConfig, tokenizer: Tokenizer, *, start: int = 0,
                   process_index: int = 0, process_count: int = 1) -> BatchIterator:
     """Opens the data set and returns the batches of one process from step `start` on.
 
+    With `stage_dir`, the data set is copied there first.
+
     Raises: ValueError if packs_per_step does not divide by process_count, or if the data are bad.
     """
-    if config.packs_per_step % process_count:
-        raise ValueError(f"packs_per_step {config.packs_per_step} does not divide by "
-                         f"{process_count} processes")
+    if config.stage_dir:
+        config = replace(config, source=str(stage(config.source, config.stage_dir)))
     packs = Packs(config, tokenizer, keep_journal=process_index == 0)
-    return BatchIterator(packs, start=start, process_index=process_index,
-                         process_count=process_count)
+    return BatchIterator(packs, start=start, process_index=process_index, process_count=process_count)
 
 
-def _stack(values: tuple) -> np.ndarray | Rows:
-    if isinstance(values[0], Rows):
-        return Rows(*(np.stack(row) for row in zip(*values)))
-    return np.stack(values)
+def _map_arrays(function: Callable[[np.ndarray], np.ndarray], batch: Any) -> Any:
+    """A PackedBatch, or Rows, of `function` of every array."""
+    return type(batch)(*(_map_arrays(function, field) if isinstance(field, Rows) else function(field)
+                         for field in batch))
+
+
+def _stop(readers: list[grain.DatasetIterator]) -> None:
+    while readers:
+        readers.pop().close()

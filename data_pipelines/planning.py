@@ -1,38 +1,41 @@
 """Which records share a pack: planned ahead from their costs, never improvised while reading.
 
-Each group (learning mode) is an endless queue: its records in a new random order every epoch. A
-pack takes one record of every mandatory group, then fills up by group weights, choosing among the
-next `lookahead` records of a group the one that fills it best. The plan depends on the seed and
-the costs alone, so every process, however many there are, walks the same one, and a position in it
-is an integer.
+Each group (learning mode) is an endless queue, its records in a new random order every epoch. A pack
+takes one record of every mandatory group, then fills up by group weights from the next `lookahead`
+records of each group. Several drafts of a pack are made side by side and the fullest is taken.
+
+The requested mixture: every mandatory group has one record in every pack, and all other records, of
+mandatory groups too, are drawn in proportion to the weights, as in the original. A group that is
+`mixture_slack` records (of the heaviest group; of others as many fewer as they weigh less) ahead of the
+group furthest behind waits for it.
+
+Nobody is starved. Once `lookahead` packs with a record of its group went without it, the oldest record
+enters a pack before any other of its group. If the group furthest behind finds no room in `patience`
+packs, its record opens the next, ahead of the mandatory ones; those that then find no room are left out of
+that pack, and a mandatory group's own record counts both ways.
+
+The plan depends on the costs and the config alone, so every process, however many there are, makes the
+same one, and a position in it is an integer. It is made from the beginning, PACKS packs at a time, and
+kept: in memory (about 100 bytes a pack) and, given a file, on disk, where the next run goes on from.
 """
 
-import json
 import pathlib
 import threading
-import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.config import DataConfig, GroupConfig
+from data_pipelines.config import DataConfig
 from data_pipelines.costs import CostTable, budget
+from data_pipelines.plan_index import PACKS, Block, PlanIndex
+from data_pipelines.queues import Entry, Queue, Windows
 from data_pipelines.samples import Cost, Draws, draw
 
-CHUNK = 64         # packs planned at a time
-_KEPT_STATES = 16  # chunks to go back to, in memory, without planning from the beginning
-_KEPT_CHUNKS = 8   # of finished plans
-_JOURNALLED = 16   # every so many chunks the state goes to the journal
-_ORDER = 1         # separates the shuffling stream from the stream of `samples.draw`
-
-
-class Entry(NamedTuple):
-    """A record's place in the plan: the `index`-th of its group, in the group's `epoch`-th pass."""
-
-    group: str
-    epoch: int
-    index: int
+_DRAFTS = 8          # of a pack
+_RANDOM_TAKES = 3    # most records that a draft takes at random before it takes the largest
+_STREAMS = 3         # the first fields of Cost, those that are tokens
+_LATEST = 2**60      # beyond every place in a queue
 
 
 class Pack(NamedTuple):
@@ -42,234 +45,230 @@ class Pack(NamedTuple):
     cost: Cost
 
 
-class _Queue:
-    """The endless sequence of a group's records, and the window of it that competes for places."""
+class _Turn(NamedTuple):
+    """A group that takes a record before the others."""
 
-    def __init__(self, group: GroupConfig, table: CostTable, config: DataConfig):
-        self.name = group.name
-        self._group = group
-        self._table, self._config = table, config
-        self._usable = np.flatnonzero(np.diff(table.offsets))
-        if not len(self._usable):
-            raise ValueError(f"group {self.name!r} has no usable record")
-        self._epoch = self._cursor = 0
-        self._order = self._shuffle(0)
-        self.window: list[Entry] = []
-        self.costs = np.zeros((0, len(Cost._fields)), np.int64)
-        self.passed_over = 0  # packs that had no room for the oldest record
-        self._refill()
-
-    def take(self, position: int) -> tuple[Entry, np.ndarray]:
-        """Removes a record of the window; returns it and its int64 [4] cost."""
-        entry, cost = self.window.pop(position), self.costs[position]
-        self.costs = np.delete(self.costs, position, axis=0)
-        if position == 0:
-            self.passed_over = 0
-        self._refill()
-        return entry, cost
-
-    def state(self) -> tuple:
-        return self._epoch, self._cursor, tuple(self.window), self.passed_over
-
-    def restore(self, state: tuple) -> None:
-        self._epoch, self._cursor, window, self.passed_over = state
-        self._order = self._shuffle(self._epoch)
-        self.window = [Entry(*entry) for entry in window]
-        self.costs = np.array([self._cost(entry) for entry in self.window])
-
-    def _refill(self) -> None:
-        entries = []
-        while len(self.window) + len(entries) < self._config.lookahead:
-            epoch, cursor = self._epoch, self._cursor
-            if cursor == len(self._usable):
-                epoch, cursor = epoch + 1, 0
-            waiting = [*self.window[:1], *entries[:1]]
-            if waiting and epoch > waiting[0].epoch + 1:
-                break  # a small group would mix many epochs of the same few records
-            if epoch != self._epoch:
-                self._order = self._shuffle(epoch)
-            self._epoch, self._cursor = epoch, cursor + 1
-            entries.append(Entry(self.name, epoch, int(self._order[cursor])))
-        self.window += entries
-        self.costs = np.concatenate([self.costs, *(self._cost(entry)[None] for entry in entries)])
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        key = (self._config.seed, zlib.crc32(self.name.encode()), epoch, _ORDER, _ORDER)
-        return np.random.default_rng(key).permutation(self._usable)
-
-    def _cost(self, entry: Entry) -> np.ndarray:
-        items = self._table.record(entry.index)
-        draws = draw(items[:, 0], self._config, group=self._group, epoch=entry.epoch, index=entry.index)
-        return items[draws.chosen[draws.keep], 1:].sum(axis=0, dtype=np.int64)
+    group: int
+    by_weight: bool
 
 
-class _Draft:
-    """A pack being planned."""
+class _Mixture:
+    """Who may be drawn by weight: G groups and the records `taken` of each, mandatory ones aside."""
 
-    def __init__(self, free: np.ndarray, scale: np.ndarray):
-        self.free, self._scale = free, scale
-        self.entries: list[Entry] = []
-        self.opened: set[str] = set()   # groups that have a record in this pack
-        self.blocked: set[str] = set()  # groups whose oldest record found no room
+    def __init__(self, config: DataConfig):
+        weights = np.array([group.weight for group in config.groups])
+        self._is_drawn = weights > 0
+        # Groups that are never drawn count as infinitely far ahead.
+        self._per_record = np.divide(1.0, weights, out=np.full(len(weights), np.inf), where=self._is_drawn)
+        self._slack = config.mixture_slack * self._per_record.min()
+        self.taken = np.where(self._is_drawn, 0, 1)
 
-    def take(self, queue: _Queue) -> bool:
-        """Takes the group's oldest fitting record; once it has one here, its largest fitting."""
-        fits = (queue.costs <= self.free).all(axis=1)
-        if not fits[0]:
-            self.blocked.add(queue.name)
-        if not fits.any():
-            return False
-        size = (queue.costs * self._scale).sum(axis=1)
-        position = int(np.argmax(np.where(fits, size, -1) if queue.name in self.opened else fits))
-        entry, cost = queue.take(position)
-        self.entries.append(entry)
-        self.opened.add(queue.name)
-        self.free -= cost
-        return True
+    def due(self, taken: np.ndarray) -> np.ndarray:
+        """bool [..., G]: who may take a record.
+
+        Without that bound, what images leave free in the streams would be filled with the smallest mode.
+        """
+        shares = taken * self._per_record
+        return (shares <= shares.min(axis=-1, keepdims=True) + self._slack) & self._is_drawn
+
+    def last(self) -> int | None:
+        """The group furthest behind."""
+        return int((self.taken * self._per_record).argmin()) if self._is_drawn.any() else None
+
+
+class _Drafts:
+    """K ways to fill a pack up, drawn side by side; the first takes the oldest and largest, others try luck.
+
+    Slots are numbered group after group, 0 to S = G * L.
+    """
+
+    def __init__(self, windows: Windows, mixture: _Mixture, *, free: np.ndarray, luck: np.ndarray):
+        """Args: free float32 [4]; luck float32 [K, S], a random number for each slot."""
+        drafts, self._length = len(luck), windows.place.shape[1]
+        self._mixture, self._luck, self._place = mixture, luck, windows.place.ravel()
+        self._cost = windows.cost.reshape(len(windows.cost), -1)
+        self._size = self._cost[:_STREAMS].sum(axis=0)
+        self._all = np.arange(drafts)
+        self.free = free[:, None].repeat(drafts, axis=1)
+        self.taken = mixture.taken[None].repeat(drafts, axis=0)
+        self.picks: list[tuple[np.ndarray, np.ndarray, bool]] = []
+        self._random_left = np.where(self._all > 0, 1 + self._all % _RANDOM_TAKES, 0)
+        can = (self._cost <= free[:, None]).all(axis=0)
+        self._overdue = windows.overdue()  # their slots
+        for slot in self._overdue:
+            oldest, group = can[slot], self._group(slot)
+            can[group] = False
+            can[slot] = oldest
+        self._open = can[None].repeat(drafts, axis=0)
+
+    def take_turn(self, turn: _Turn) -> None:
+        """A record of one group: its oldest that fits in the first draft, any in the others."""
+        group = self._group(turn.group * self._length)
+        can = self._open[:, group]
+        slots = np.where(can, self._luck[:, group], -1).argmax(axis=1)
+        slots[0] = np.where(can[0], _LATEST - self._place[group], -1).argmax()
+        rows = can[self._all, slots].nonzero()[0]
+        if len(rows):
+            self._take(rows, slots[rows] + group.start, turn.by_weight)
+
+    def take_by_weight(self) -> bool:
+        """A record of any group that is due; False if no draft found one."""
+        can = self._open & self._mixture.due(self.taken).repeat(self._length, axis=1)
+        value = self._size
+        if (self._random_left > 0).any():
+            value = np.where((self._random_left > 0)[:, None], self._luck, self._size)
+            self._random_left -= 1
+        slots = np.where(can, value, -1).argmax(axis=1)
+        rows = can[self._all, slots].nonzero()[0]
+        if len(rows):
+            self._take(rows, slots[rows], True)
+        return bool(len(rows))
+
+    def fullest(self) -> list[tuple[int, bool]]:
+        """The slots of the best draft, in order, and whether each is by weight."""
+        best = int(self.free[:_STREAMS].sum(axis=0).argmin())
+        return [(int(slots[position]), by_weight) for rows, slots, by_weight in self.picks
+                for position in (rows == best).nonzero()[0]]
+
+    def _take(self, rows: np.ndarray, slots: np.ndarray, by_weight: bool) -> None:
+        """In the drafts `rows`, each its slot."""
+        self.picks.append((rows, slots, by_weight))
+        self.free[:, rows] -= self._cost[:, slots]
+        self._open[rows, slots] = False
+        if by_weight:
+            self.taken[rows, slots // self._length] += 1
+        for slot in self._overdue:  # the oldest is in, so the others may follow
+            freed = rows[slots == slot]
+            self._open[freed, self._group(slot)] = True
+            self._open[freed, slot] = False
+        self._open &= (self._cost[:, None] <= self.free[:, :, None]).all(axis=0)
+
+    def _group(self, slot: int) -> slice:
+        """All slots of the group that has this one."""
+        start = slot // self._length * self._length
+        return slice(start, start + self._length)
 
 
 class Planner:
-    """The endless plan: `planner[i]` is pack i. Safe for many threads.
-
-    Any position can be reached: packs are planned in chunks, the states at the start of the last
-    few chunks are kept, and any other chunk is reached by planning the ones before it. That costs
-    up to a millisecond a pack, so a long run keeps a journal of states to resume from.
-    """
+    """The endless plan: `planner[i]` is pack i, for any i. Safe for many threads."""
 
     def __init__(self, config: DataConfig, tables: Mapping[str, CostTable], *,
                  journal: pathlib.Path | None = None, keep_journal: bool = True):
         """Args:
             tables: the costs of each group's records.
-            journal: file of states to resume from; its name must change with the plan.
-            keep_journal: append to it; for one process among many.
+            journal: file of the pack index, see `plan_index`; its name must change with the plan.
+            keep_journal: write to it; for one process among many.
 
         Raises: ValueError if a group has no usable record, or if not even the smallest records of
             the mandatory groups fit one pack together.
         """
-        self._config = config
-        self._budget = np.array(budget(config), np.int64)
-        # Fill is compared in integers: a float sum may round differently on another machine.
-        self._scale = 2**32 // np.maximum(self._budget, 1)
+        self._config, self._tables = config, tables
         self._groups = {group.name: group for group in config.groups}
-        self._tables = tables
-        self._queues = {name: _Queue(group, tables[name], config) for name, group in self._groups.items()}
-        self._mandatory = [group.name for group in config.groups if group.is_mandatory]
-        self._weights = {group.name: group.weight for group in config.groups if group.weight > 0}
-        self._taken = dict.fromkeys(self._weights, 0)    # by weight, mandatory records aside
-        self._refused = dict.fromkeys(self._mandatory, 0)  # packs with no room for a second one
-        self._check_mandatory(tables)
-        self._states = {0: self._state()}
-        self._journal = journal if keep_journal else None
-        self._journalled = _read_journal(journal) if journal else {}
-        self._chunks: dict[int, list[Pack]] = {}  # several: readers ahead, statistics behind
+        self._budget = np.array(budget(config), np.float32)
+        queues = [Queue(group, tables[group.name], config) for group in config.groups]
+        self._mandatory = [number for number, group in enumerate(config.groups) if group.is_mandatory]
+        self._check_mandatory(queues)
+        self._windows = Windows(queues, config.lookahead)
+        self._mixture = _Mixture(config)
+        self._hunger = np.zeros(len(queues), np.int64)  # packs without room for the group furthest behind
+        self._luck = _luck((_DRAFTS, 2 * self._windows.place.size))
+        self._index = PlanIndex(journal) if journal else None
+        self._is_writer = keep_journal
+        self._blocks = list(self._index.blocks) if self._index else []
+        if self._blocks:
+            self._restore(self._blocks[-1].state)
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Pack:
-        number, offset = divmod(index, CHUNK)
+        number, offset = divmod(index, PACKS)
         with self._lock:
-            if number not in self._chunks:
-                self._plan_to(number)
-            return self._chunks[number][offset]
+            while number >= len(self._blocks):
+                self._plan_block()
+            block = self._blocks[number]
+        rows = block.rows[block.ends[offset - 1] if offset else 0:block.ends[offset]].tolist()
+        names = list(self._groups)
+        return Pack(tuple(Entry(names[group], epoch, index) for group, epoch, index in rows),
+                    Cost(*block.costs[offset].tolist()))
 
     def draws(self, entry: Entry) -> Draws:
         """The randomness of a planned sample, the same that its cost was planned with."""
         kinds = self._tables[entry.group].record(entry.index)[:, 0]
         return draw(kinds, self._config, group=self._groups[entry.group], epoch=entry.epoch, index=entry.index)
 
-    def _plan_to(self, number: int) -> None:
-        states = self._journalled | self._states
-        start = max(state for state in states if state <= number)
-        self._restore(states[start])
-        for current in range(start, number + 1):
-            packs = [self._plan_pack() for _ in range(CHUNK)]
-            self._keep(current + 1)
-        self._chunks[number] = packs
-        if len(self._chunks) > _KEPT_CHUNKS:
-            self._chunks.pop(min(self._chunks, key=lambda known: (known == number, known)))
+    def _plan_block(self) -> None:
+        numbers = {name: number for number, name in enumerate(self._groups)}
+        rows, ends, costs = [], [], []
+        first = len(self._blocks) * PACKS
+        for index in range(first, first + PACKS):
+            pack = self._plan_pack(index)
+            rows += [(numbers[entry.group], entry.epoch, entry.index) for entry in pack.entries]
+            ends.append(len(rows))
+            costs.append(pack.cost)
+        block = Block(np.array(rows, np.int32).reshape(-1, 3), np.array(ends, np.int32),
+                      np.array(costs, np.int32), self._state())
+        self._blocks.append(block)
+        if self._index and self._is_writer:
+            self._index.append(block)
 
-    def _plan_pack(self) -> Pack:
-        draft = _Draft(self._budget.copy(), self._scale)
-        overdue = [name for name, queue in self._queues.items()
-                   if queue.passed_over >= self._config.patience]
-        for name in overdue:
-            if draft.take(self._queues[name]) and name not in self._mandatory:
-                self._taken[name] += 1
-        for name in self._mandatory:
-            if name not in draft.opened:
-                draft.take(self._queues[name])
-        by_weight = set()
-        while name := next((due for due in self._due() if draft.take(self._queues[due])), None):
-            self._taken[name] += 1
-            by_weight.add(name)
-        self._settle(draft, by_weight)
-        used = self._budget - draft.free
-        return Pack(tuple(draft.entries), Cost(*(int(tokens) for tokens in used)))
+    def _plan_pack(self, index: int) -> Pack:
+        hungry = np.flatnonzero(self._hunger >= self._config.patience)
+        first = hungry[np.argsort(-self._hunger[hungry], kind="stable")].tolist()
+        turns = [_Turn(group, True) for group in first]
+        turns += [_Turn(group, False) for group in self._mandatory if group not in first]
+        free, entries, given = self._budget, [], []
+        # What is taken makes room in the windows: a pack of many small records needs several rounds.
+        while picks := self._draw_up(free, turns, index):
+            for slot, by_weight in picks:
+                group = slot // self._config.lookahead
+                free = free - self._windows.slot_cost(slot)
+                given.append(_Turn(group, by_weight))
+                self._mixture.taken[group] += by_weight
+            entries += self._windows.take([slot for slot, _ in picks])
+            turns = []
+        self._windows.finish_round(sorted({turn.group for turn in given}))
+        self._settle({turn.group for turn in given if turn.by_weight})
+        return Pack(tuple(entries), Cost(*map(int, self._budget - free)))
 
-    def _settle(self, draft: "_Draft", by_weight: set[str]) -> None:
+    def _draw_up(self, free: np.ndarray, turns: Sequence[_Turn], index: int) -> list[tuple[int, bool]]:
+        """The slots of the fullest of several drafts, and whether each is by weight."""
+        if not turns and not self._windows.any_fits(free, self._mixture.due(self._mixture.taken)):
+            return []
+        start = 37 * index % self._luck.shape[1] // 2  # other numbers for the next pack
+        luck = self._luck[:, start:start + self._windows.place.size]
+        drafts = _Drafts(self._windows, self._mixture, free=free, luck=luck)
+        for turn in turns:
+            drafts.take_turn(turn)
+        while drafts.take_by_weight():
+            pass
+        return drafts.fullest()
+
+    def _settle(self, by_weight: set[int]) -> None:
         """Keeps account of who found no room, so that nobody waits for ever."""
-        for name in draft.blocked:
-            self._queues[name].passed_over += 1
-        for name in by_weight & self._refused.keys():
-            self._refused[name] = 0
-        first = next(iter(self._due()), None)
-        if first in self._refused and first not in by_weight:
-            # All others wait for this group's turn, but a pack may have no room for a second record
-            # of it: after a while, the one that is mandatory counts as the turn.
-            self._refused[first] += 1
-            if self._refused[first] >= self._config.patience:
-                self._taken[first] += 1
+        self._hunger[list(by_weight)] = 0
+        last = self._mixture.last()
+        if last is not None and last not in by_weight:
+            self._hunger[last] += 1
 
-    def _due(self) -> list[str]:
-        """Groups that may give a record, most overdue first.
-
-        Only a lead of `mixture_slack` records over the mixture is allowed: without that bound, the
-        streams left over in every pack would be filled with records of the smallest mode.
-        """
-        share = {name: self._taken[name] / weight for name, weight in self._weights.items()}
-        least = min(share.values(), default=0.0)
-        return [name for name in sorted(share, key=share.get)
-                if (share[name] - least) * self._weights[name] <= self._config.mixture_slack]
-
-    def _check_mandatory(self, tables: Mapping[str, CostTable]) -> None:
+    def _check_mandatory(self, queues: Sequence[Queue]) -> None:
         least = np.zeros(len(Cost._fields), np.int64)
-        for name in self._mandatory:
-            table = tables[name]
-            sums = [table.record(i)[:, 1:].sum(axis=0) for i in range(len(table))
-                    if len(table.record(i))]
-            least += np.min(sums, axis=0)
+        for group in self._mandatory:
+            least += queues[group].least_cost()
         if (least > self._budget).any():
-            raise ValueError(f"the mandatory groups {self._mandatory} need at least "
-                             f"{Cost(*least.tolist())} together, but a pack holds "
-                             f"{budget(self._config)}; raise the budgets")
+            names = [group.name for group in self._config.groups if group.is_mandatory]
+            raise ValueError(f"the mandatory groups {names} need at least {Cost(*least.tolist())} together, "
+                             f"but a pack holds {budget(self._config)}; raise the budgets")
 
-    def _keep(self, number: int) -> None:
-        """Remembers the state at the start of chunk `number`."""
-        self._states[number] = self._state()
-        if number > _KEPT_STATES:
-            self._states.pop(number - _KEPT_STATES, None)
-        if self._journal and number % _JOURNALLED == 0 and number not in self._journalled:
-            self._journalled[number] = self._states[number]
-            with open(self._journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps([number, self._states[number]]) + "\n")
+    def _state(self) -> np.ndarray:
+        """int64 [s]: all that the next pack depends on."""
+        return np.concatenate([self._mixture.taken, self._hunger, self._windows.state()])
 
-    def _state(self) -> tuple:
-        queues = {name: queue.state() for name, queue in self._queues.items()}
-        return dict(self._taken), dict(self._refused), queues
-
-    def _restore(self, state: tuple) -> None:
-        taken, refused, queues = state
-        self._taken, self._refused = dict(taken), dict(refused)
-        for name, queue in self._queues.items():
-            queue.restore(queues[name])
+    def _restore(self, state: np.ndarray) -> None:
+        groups = len(self._groups)
+        self._mixture.taken, self._hunger = state[:groups].copy(), state[groups:2 * groups].copy()
+        self._windows.restore(state[2 * groups:])
 
 
-def _read_journal(path: pathlib.Path) -> dict[int, tuple]:
-    """The states by chunk. A line torn by a kill is left out; packs are then planned again."""
-    states = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            number, state = json.loads(line)
-        except ValueError:
-            continue
-        states[number] = state
-    return states
+def _luck(shape: tuple[int, ...]) -> np.ndarray:
+    """float32 in [0, 1), the same for ever."""
+    raw = np.random.Philox(0).random_raw(int(np.prod(shape)))
+    return ((raw >> np.uint64(40)) * 2.0**-24).astype(np.float32).reshape(shape)

@@ -1,18 +1,29 @@
-"""One `conversation` as released, read strictly.
+"""What a record is, and one `conversation` as released, read strictly.
 
     [{"role": "user", "content": "two red circles"},
      {"role": "assistant", "content": [
          {"type": "text", "content": "Plan: ...", "need_loss": true},
          {"type": "image", "content": "<base64>", "need_loss": true}]}]
 
-becomes a flat `Record` of parts. A record that cannot be read whole is refused by file, row, turn
-and part: the original skips what it does not know, and trains on the rest.
+becomes a flat `Record` of parts, as the records of `bagel_records.py` do. A record that cannot be
+read whole is refused by file, row, turn and part: the original skips what it does not know, and
+trains on the rest.
 """
 
 import base64
 import binascii
+import enum
 import json
 from typing import Any, Literal, NamedTuple
+
+
+class Kind(enum.IntEnum):
+    """What an item of a sample is; also its code in cost tables."""
+
+    TEXT = 0
+    VIT = 1
+    CLEAN = 2   # a VAE image as a condition
+    NOISED = 3  # a VAE image to learn
 
 
 class TextPart(NamedTuple):
@@ -34,7 +45,7 @@ class ImagePart(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The parts of a conversation in order, its mode, and where it came from."""
+    """All parts in order, its mode, and where it came from; see `choices` for what enters a sample."""
 
     parts: tuple[TextPart | ImagePart, ...]
     mode: str
@@ -62,16 +73,53 @@ def parse_conversation(text: str, *, mode: str, place: str, limits: Limits = Lim
     Raises: ValueError naming place, turn and part.
     Source: format of IRG's data/interleave_datasets/multi_think_interleave_t2i_dataset.py.
     """
-    try:
-        turns = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: the conversation is not JSON ({error})") from error
+    turns = parse_json(text, "conversation", place=place)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{place}: the conversation must be a list of at least one turn")
     parts = []
     for i, turn in enumerate(turns):
         parts += _parse_turn(turn, f"{place}, turn {i}", limits)
     return Record(tuple(parts), mode, place)
+
+
+def parse_json(text: str | bytes, what: str, *, place: str) -> Any:
+    """The value of a JSON text; `what` names it. Raises: ValueError naming `place`."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: the {what} is not JSON ({error})") from error
+
+
+def text_part(text: Any, *, need_loss: bool, place: str, limits: Limits) -> TextPart:
+    """A text as it came from a file. Raises: ValueError naming `place` if there is none to train on."""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: a text's content must be a string, not {type(text).__name__}")
+    if len(text) > limits.max_text_chars:
+        raise ValueError(f"{place}: text of {len(text)} characters is over max_text_chars "
+                         f"{limits.max_text_chars}")
+    if not text.strip():
+        raise ValueError(f"{place}: the text is empty; leave the part out, or the record")
+    try:
+        text.encode()  # JSON may hold half of a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: the text is not Unicode ({error.reason})") from error
+    return TextPart(text, need_loss, place)
+
+
+def image_part(data: Any, *, place: str, limits: Limits, need_loss: bool = False, need_vae: bool = False,
+               need_vit: bool = False) -> ImagePart:
+    """An encoded image as it came from a file, its pixels unread.
+
+    Raises: ValueError naming `place` if it is not bytes, empty or too large.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"{place}: an image must be bytes, not {type(data).__name__}")
+    if not data:
+        raise ValueError(f"{place}: the image is empty")
+    if len(data) > limits.max_image_bytes:
+        raise ValueError(f"{place}: encoded image of {len(data)} bytes is over max_image_bytes "
+                         f"{limits.max_image_bytes}")
+    return ImagePart(data, need_loss, need_vae, need_vit, place)
 
 
 def _parse_turn(turn: Any, place: str, limits: Limits) -> list[TextPart | ImagePart]:
@@ -105,13 +153,8 @@ def _parse_part(part: Any, place: str, limits: Limits) -> TextPart | ImagePart:
 
 
 def _parse_text(part: dict[str, Any], need_loss: bool, place: str, limits: Limits) -> TextPart:
-    text = part["content"]
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: a text's content must be a string, not {type(text).__name__}")
-    if len(text) > limits.max_text_chars:
-        raise ValueError(f"{place}: text of {len(text)} characters is over max_text_chars "
-                         f"{limits.max_text_chars}")
-    return TextPart(text, _flags(part, place, need_loss=need_loss)["need_loss"], place)
+    flags = _flags(part, place, need_loss=need_loss)
+    return text_part(part["content"], place=place, limits=limits, **flags)
 
 
 def _parse_image(part: dict[str, Any], place: str, limits: Limits) -> ImagePart:
@@ -127,7 +170,7 @@ def _parse_image(part: dict[str, Any], place: str, limits: Limits) -> ImagePart:
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{place}: the image is not base64 ({error})") from error
     flags = _flags(part, place, need_loss=False, need_vae=False, need_vit=False)
-    return ImagePart(data, place=place, **flags)
+    return image_part(data, place=place, limits=limits, **flags)
 
 
 def _flags(part: dict[str, Any], place: str, **defaults: bool) -> dict[str, bool]:

@@ -6,7 +6,6 @@ can be planned without decoding a pixel; dropout and timesteps are drawn by (see
 record), so the planner and the assembler, in any process, see the same sample.
 """
 
-import enum
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -14,21 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipelines import images
-from data_pipelines.choices import choose
+from data_pipelines.choices import choose, choose_many
 from data_pipelines.config import DataConfig, GroupConfig, ImageTransform
-from data_pipelines.records import ImagePart, Record, TextPart
+from data_pipelines.records import ImagePart, Kind, Record, TextPart
 from data_pipelines.tokenizer import Tokenizer
 
 BRACKETS = 2  # <|im_start|> ... <|im_end|> around a text, <|vision_start|> ... around an image
-
-
-class Kind(enum.IntEnum):
-    """What an item is; also its code in cost tables."""
-
-    TEXT = 0
-    VIT = 1
-    CLEAN = 2   # a VAE image as a condition
-    NOISED = 3  # a VAE image to learn
+BLOCK = 256   # records whose randomness comes from one generator
+_UNIFORM, _NORMAL = range(2)  # its purposes
 
 
 class Cost(NamedTuple):
@@ -85,7 +77,7 @@ class Draws(NamedTuple):
 
 
 def unfold(record: Record) -> Iterator[tuple[Kind, TextPart | ImagePart]]:
-    """The items of a record before dropout, in the original's order."""
+    """The candidates of a record, before choice and dropout, in the original's order."""
     for part in record.parts:
         if isinstance(part, TextPart):
             yield Kind.TEXT, part
@@ -103,7 +95,7 @@ def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: 
 
     Raises: ValueError naming the part whose image cannot be read or outgrows its position table.
     """
-    rows = []
+    rows, num_images = [], _sharers(record, group)
     for kind, part in unfold(record):
         if kind == Kind.TEXT:
             rows.append((kind, len(tokenizer.encode(part.text)) + BRACKETS, 0, 0, 0))
@@ -111,7 +103,7 @@ def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: 
         transform, patch, side = image_rule(kind, config, group)
         width, height = images.target_size(
             *images.image_size(part.data, where=part.place, max_pixels=config.max_image_pixels),
-            transform)
+            transform, num_images=num_images)
         if max(width, height) > side * patch:
             raise ValueError(f"{part.place}: at {width} x {height} the image does not fit the "
                              f"{side} x {side} position table; lower max_size of its transform")
@@ -129,12 +121,48 @@ def draw(kinds: np.ndarray, config: DataConfig, *, group: GroupConfig, epoch: in
     Every text is droppable, loss-bearing or not; an image that is learned never is.
     Source: `enable_cfg` and `timestep` in BAGEL's data/dataset_base.py.
     """
+    block, lane = divmod(index, BLOCK)
+    uniform = _generator(_UNIFORM, config, group, epoch, block).random((len(kinds), 2, BLOCK))[:, :, lane]
+    normal = _generator(_NORMAL, config, group, epoch, block).standard_normal((len(kinds), BLOCK), np.float32)
+    chosen = choose(group.kind, kinds, uniform[:, 0])
+    return Draws(chosen, uniform[chosen, 1] >= _dropout(config)[kinds[chosen]], normal[chosen, lane])
+
+
+def draw_all(kinds: np.ndarray, offsets: np.ndarray, config: DataConfig, *, group: GroupConfig,
+             epoch: int) -> np.ndarray:
+    """bool [M]: which candidates of a whole group enter in an epoch, the same that `draw` says one by one.
+
+    Args:
+        kinds: int [M], the candidates of R records one after the other.
+        offsets: int [R + 1]; record i has those from offsets[i] to offsets[i + 1], perhaps none.
+    """
+    counts = np.diff(offsets)
+    record = np.repeat(np.arange(len(counts)), counts)
+    rank, lane = np.arange(len(kinds)) - offsets[record], record % BLOCK
+    uniform = np.empty((2, len(kinds)))
+    for block in range(-(-len(counts) // BLOCK)):
+        first, last = block * BLOCK, min((block + 1) * BLOCK, len(counts))
+        most, where = counts[first:last].max(), slice(offsets[first], offsets[last])
+        drawn = _generator(_UNIFORM, config, group, epoch, block).random((most, 2, BLOCK))
+        uniform[:, where] = drawn[rank[where], :, lane[where]].T
+    enters = choose_many(group.kind, kinds, offsets, uniform[0])
+    return enters & (uniform[1] >= _dropout(config)[kinds])
+
+
+def _generator(purpose: int, config: DataConfig, group: GroupConfig, epoch: int,
+               block: int) -> np.random.Generator:
+    """Of the randomness of BLOCK records in an epoch: candidate by candidate, for all records at once.
+
+    So the numbers of a candidate depend on nothing but its place in its record and the record's index.
+    """
     # crc32 names the group, so that adding a group changes no other group's draws.
-    rng = np.random.default_rng((config.seed, zlib.crc32(group.name.encode()), epoch, index))
-    probability = np.array((config.text_dropout, config.vit_dropout, config.vae_dropout, 0.0))
-    uniform, timestep = rng.random((2, len(kinds))), rng.standard_normal(len(kinds)).astype(np.float32)
-    chosen = choose(group.kind, kinds, uniform[0])
-    return Draws(chosen, uniform[1, chosen] >= probability[kinds[chosen]], timestep[chosen])
+    name = zlib.crc32(group.name.encode())
+    return np.random.Generator(np.random.Philox((config.seed, name, epoch, block, purpose)))
+
+
+def _dropout(config: DataConfig) -> np.ndarray:
+    """The probability that an item is dropped, by `Kind`."""
+    return np.array((config.text_dropout, config.vit_dropout, config.vae_dropout, 0.0))
 
 
 def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokenizer, *,
@@ -146,7 +174,7 @@ def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokeniz
     """
     items: list[Item] = []
     decoded: dict[str, np.ndarray] = {}  # a part that enters as VAE and ViT is decoded once
-    candidates = list(unfold(record))
+    candidates, num_images = list(unfold(record)), _sharers(record, group)
     for index, keep, timestep in zip(*draws, strict=True):
         kind, part = candidates[index]
         noised = kind == Kind.NOISED
@@ -162,7 +190,8 @@ def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokeniz
             if part.place not in decoded:
                 decoded[part.place] = images.decode_image(part.data, where=part.place,
                                                           max_pixels=config.max_image_pixels)
-            image = images.resize(decoded[part.place], image_rule(kind, config, group)[0])
+            image = images.resize(decoded[part.place], image_rule(kind, config, group)[0],
+                                  num_images=num_images)
             items.append(ViTImage(image) if kind == Kind.VIT else VAEImage(image, noised, timestep))
     return items
 
@@ -172,3 +201,10 @@ def image_rule(kind: Kind, config: DataConfig, group: GroupConfig) -> tuple[Imag
     if kind == Kind.VIT:
         return group.vit_transform or config.vit_transform, config.vit_patch, config.vit_max_side
     return group.vae_transform or config.vae_transform, config.latent_patch, config.max_latent_size
+
+
+def _sharers(record: Record, group: GroupConfig) -> int:
+    """How many images share `max_pixels`: those of a vision-language record, as in BAGEL's vlm_dataset.py."""
+    if group.kind != "vision_language":
+        return 1
+    return max(1, sum(isinstance(part, ImagePart) for part in record.parts))

@@ -77,10 +77,18 @@ class Tokenizer:
         """Writes `tokenizer.json`."""
         self._tokenizer.save(path)
 
+    def __reduce__(self):
+        # A copy that `tokenizers` made for another process would read control tokens from text again.
+        return _restore, (self._tokenizer.to_str(),)
+
     @property
     def fingerprint(self) -> str:
         """sha256 of the whole tokenizer, to tell two of them apart."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+
+def _restore(text: str) -> Tokenizer:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:

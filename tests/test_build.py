@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from data_cases import data_config
-from data_pipelines import build as build_module
 from data_pipelines.build import build
 from data_pipelines.config import BuildConfig, GroupConfig, ImageTransform, from_config_dict, load_config
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
+from data_pipelines.shapes import build as build_module
 from data_pipelines.shapes import records as shapes
 from data_pipelines.sources import ParquetRows
 from data_pipelines.tokenizer import train_tokenizer
@@ -180,6 +180,9 @@ def test_the_command(tmp_path):
     (["--config=configs/shapes_data.py", "--config.seed"], "--config.seed has no value"),
     (["--config=configs/shapes_data.py", "--config.rows_per_group=0"], "rows_per_group is 0"),
     (["--config=configs/absent.py"], "configs/absent.py"),
+    (["--config=configs/shapes_data.py", "--format=array_record"], "shapes is written as parquet"),
+    (["--config=configs/shapes_data.py", "--format=array_record", "--source=."], "has no field `data`"),
+    (["--config=configs/irgl_stage1.py", "--format=array_record", "--source=."], "--tokenizer is missing"),
 ])
 def test_mistakes_are_a_sentence_and_an_exit_code(tmp_path, arguments, message):
     done = run(*arguments, f"--out={tmp_path}/data")

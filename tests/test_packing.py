@@ -1,21 +1,23 @@
-"""Plans keep budgets, epochs and the mixture; packs hold exactly what the original would pack."""
+"""Packs hold exactly what the original would pack, and what was planned for them."""
 
-import collections
-import dataclasses
+import itertools
+import math
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_cases import FakeTokenizer, Golden, data_config, golden_folder
+from data_cases import FakeTokenizer, Golden, data_config, encode_image, golden_folder
 from data_pipelines.batch import INF, Rows, visible
 from data_pipelines.config import GroupConfig
-from data_pipelines.costs import CostTable, budget
+from data_pipelines.costs import CostTable
 from data_pipelines.packing import assemble, empty_pack
-from data_pipelines.planning import CHUNK, Planner
-from data_pipelines.samples import Gap, Kind, Text, VAEImage, ViTImage
+from data_pipelines.planning import Planner
+from data_pipelines.records import ImagePart, Record, TextPart
+from data_pipelines.samples import Gap, Text, VAEImage, ViTImage, measure, realise
 from test_batch import dense_mask
 
 # ---- assemble ---------------------------------------------------------------------------------
@@ -137,113 +139,138 @@ def test_empty_pack_has_the_shapes_of_a_full_one(golden_pack, golden):
     assert describe(empty_pack(config)) == describe(golden_pack)
 
 
-# ---- plan -------------------------------------------------------------------------------------
+# ---- random plans -----------------------------------------------------------------------------
 
-def cost_table(records) -> CostTable:
-    """records: lists of (kind, text, vit, latent, images)."""
-    items = [np.array(record, np.int32).reshape(-1, 5) for record in records]
-    return CostTable(np.concatenate(items), np.cumsum([0, *map(len, items)]))
+class Token(NamedTuple):
+    """What is to be known of a token, told one token after the other, as the original packs."""
 
-
-def random_tables(seed: int, names) -> dict[str, CostTable]:
-    rng = random.Random(seed)
-    def record():
-        rows = [(Kind.TEXT, rng.randint(3, 40), 0, 0, 0)]
-        for _ in range(rng.randint(0, 2)):
-            kind = rng.choice((Kind.VIT, Kind.CLEAN, Kind.NOISED))
-            size = rng.choice((4, 9, 16))
-            rows.append((kind, 2, size if kind == Kind.VIT else 0,
-                         0 if kind == Kind.VIT else size, int(kind != Kind.VIT)))
-        return rows
-    return {name: cost_table([record() for _ in range(rng.randint(1, 12))]) for name in names}
+    stream: str
+    value: object     # its id, or its pixels as bytes
+    target: int       # 0: none
+    weight: float
+    order: int
+    first: int
+    span: int
+    last: int
+    noised: bool
+    rope: int
 
 
-GROUPS = st.lists(st.tuples(st.sampled_from((0.25, 0.5, 1.0, 3.0)), st.booleans()),
-                  min_size=1, max_size=4)
+def expected_tokens(samples, tokenizer, config) -> list[Token]:
+    """Every token of a pack in order of time, from the rules of docs/design.md."""
+    tokens = []
+    for sample in samples:
+        first, rope = len(tokens), 0
+        for item in sample:
+            start = len(tokens)
+            if isinstance(item, Gap):
+                rope += 1
+            elif isinstance(item, Text):
+                ids = [tokenizer.bos, *item.ids, tokenizer.eos]
+                weight = 1 / math.sqrt(len(ids) - 1) if config.ce_reweight else 1.0
+                for i, value in enumerate(ids):
+                    learned = item.loss and i + 1 < len(ids)
+                    tokens.append(Token("text", value, ids[i + 1] if learned else 0, weight if learned else 0.0,
+                                        start + i, first, start + i, start + i, False, rope + i))
+                rope += len(ids)
+            else:
+                is_vit = isinstance(item, ViTImage)
+                size = config.vit_patch if is_vit else config.latent_patch
+                noised = not is_vit and item.noised
+                height, width = item.image.shape[0] // size, item.image.shape[1] // size
+                last = start + height * width + 1
+                block = (first, start, last, noised, rope)
+                tokens.append(Token("text", tokenizer.start_of_image, 0, 0.0, start, *block))
+                for y in range(height):
+                    for x in range(width):
+                        pixels = item.image[y * size:(y + 1) * size, x * size:(x + 1) * size].tobytes()
+                        tokens.append(Token("vit" if is_vit else "latent", pixels, 0, float(noised),
+                                            len(tokens), *block))
+                tokens.append(Token("text", tokenizer.end_of_image, 0, 0.0, last, *block))
+                rope += not noised
+    return tokens
 
 
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10**6), groups=GROUPS, lookahead=st.integers(1, 12),
-       slack=st.integers(0, 5), dropout=st.sampled_from((0.0, 0.3, 1.0)))
-def test_plan_keeps_budgets_and_epochs(seed, groups, lookahead, slack, dropout):
-    config = data_config(
-        seed=seed, lookahead=lookahead, mixture_slack=slack, vae_dropout=dropout, patience=3,
-        text_tokens=400, vit_tokens=160, latent_tokens=160, images=12,
-        groups=tuple(GroupConfig(f"group{i}", weight, mandatory)
-                     for i, (weight, mandatory) in enumerate(groups)))
-    tables = random_tables(seed, [group.name for group in config.groups])
-    planner = Planner(config, tables)
-    seen = collections.defaultdict(list)
-    for i in range(CHUNK + 4):
-        pack = planner[i]
-        total = np.zeros(4, int)
-        for entry in pack.entries:
-            items = tables[entry.group].record(entry.index)
-            draws = planner.draws(entry)
-            total += items[draws.chosen[draws.keep], 1:].sum(axis=0)
-            seen[entry.group, entry.epoch].append(entry.index)
-        assert tuple(total) == pack.cost
-        assert (total <= budget(config)).all()
-        assert {group.name for group in config.groups if group.is_mandatory} <= {
-            entry.group for entry in pack.entries}
-    for group in config.groups:
-        epochs = [epoch for name, epoch in seen if name == group.name]
-        for epoch in range(max(epochs) + 1):
-            indices = seen[group.name, epoch]
-            assert len(set(indices)) == len(indices)  # never twice in an epoch
-            if epoch < max(epochs) - 1:               # a window spans two epochs at most
-                assert sorted(indices) == list(range(len(tables[group.name])))
+def tokens_of(pack) -> list[Token]:
+    """What a pack's streams hold, padding left out, in order of time."""
+    none = itertools.repeat(0)
+    streams = (("text", pack.text_ids.tolist(), pack.text_target, pack.text_weight, pack.text_rows),
+               ("vit", [patch.tobytes() for patch in pack.vit_patches], none, none, pack.vit_rows),
+               ("latent", [pixels.tobytes() for pixels in pack.latent_pixels], none, pack.latent_weight,
+                pack.latent_rows))
+    tokens = [Token(name, value, int(target), float(weight), *map(int, rows))
+              for name, values, targets, weights, rows in streams
+              for value, target, weight, *rows in zip(values, targets, weights, *rows) if rows[0] != INF]
+    return sorted(tokens, key=lambda token: token.order)
 
 
-def test_plan_is_the_same_from_anywhere():
-    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 0.5)), seed=3)
-    tables = random_tables(5, ("a", "b"))
-    forward = Planner(config, tables)
-    straight = [forward[i] for i in range(3 * CHUNK)]
-    for start in (2 * CHUNK + 7, CHUNK - 1, 0, 3 * CHUNK - 1, 5):
-        assert Planner(config, tables)[start] == straight[start]
-        assert forward[start] == straight[start]  # also backwards, over kept states
-    other = Planner(dataclasses.replace(config, seed=4), tables)
-    assert [other[i] for i in range(8)] != straight[:8]
+def random_record(rng: random.Random) -> Record:
+    """Texts and images of any flags; the pixels of no two patches are alike."""
+    parts = []
+    for place in range(rng.randint(1, 4)):
+        if rng.random() < 0.5:
+            parts.append(TextPart("x" * rng.randint(1, 9) + chr(97 + place), rng.random() < 0.5, str(place)))
+        else:
+            side = rng.choice((16, 28, 32, 40))
+            pixels = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (side, 32, 3), np.uint8)
+            flags = rng.choice([(True, False, False), (False, True, True), (True, True, True),
+                                (False, False, True)])
+            parts.append(ImagePart(encode_image(pixels), *flags, str(place)))
+    return Record(tuple(parts), "full", "record")
 
 
-def test_mixture_follows_the_weights():
-    """Text-only records must not flood the space that images leave in the text stream."""
-    config = data_config(groups=(GroupConfig("small", 0.5), GroupConfig("large", 1.0)),
-                         mixture_slack=3)
-    tables = {"small": cost_table([[(Kind.TEXT, 5, 0, 0, 0)]] * 20),
-              "large": cost_table([[(Kind.TEXT, 5, 0, 0, 0), (Kind.NOISED, 2, 0, 16, 1)]] * 20)}
-    planner = Planner(config, tables)
-    counts = collections.Counter()
-    for i in range(200):
-        counts.update(entry.group for entry in planner[i].entries)
-        assert abs(counts["small"] - counts["large"] / 2) <= 4
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), dropout=st.sampled_from((0.0, 0.4, 1.0)), reweight=st.booleans(),
+       mandatory=st.booleans())
+def test_every_token_of_a_planned_pack_is_there_once_as_the_rules_say(seed, dropout, reweight, mandatory):
+    rng, tokenizer = random.Random(seed), FakeTokenizer()
+    config = data_config(seed=seed, ce_reweight=reweight, text_dropout=dropout / 2, vit_dropout=dropout,
+                         vae_dropout=dropout, vit_tokens=64, latent_tokens=96, images=16,
+                         groups=(GroupConfig("a", 1.0, mandatory), GroupConfig("b", 0.5)))
+    groups = {group.name: group for group in config.groups}
+    records = {name: [random_record(rng) for _ in range(5)] for name in groups}
+    measured = {name: [measure(record, config, tokenizer, group=groups[name]) for record in records[name]]
+                for name in groups}
+    planner = Planner(config, {name: CostTable(np.concatenate(items), np.cumsum([0, *map(len, items)]))
+                               for name, items in measured.items()})
+    for index in range(3):
+        plan = planner[index]
+        samples = [realise(records[entry.group][entry.index], planner.draws(entry), config, tokenizer,
+                           group=groups[entry.group]) for entry in plan.entries]
+        pack = assemble(samples, config=config, tokenizer=tokenizer)
+        expected = expected_tokens(samples, tokenizer, config)
+        assert [token._replace(weight=0) for token in tokens_of(pack)] == [
+            token._replace(weight=0) for token in expected]
+        np.testing.assert_allclose([token.weight for token in tokens_of(pack)],
+                                   [token.weight for token in expected], rtol=1e-6)
+        for count, stream in zip(plan.cost, ("text", "vit", "latent")):
+            assert count == sum(token.stream == stream for token in expected)
+        assert plan.cost.images == np.count_nonzero(pack.image_height) <= config.images
+        timesteps = [item.timestep for sample in samples for item in sample if isinstance(item, VAEImage)]
+        np.testing.assert_array_equal(pack.image_timestep[:len(timesteps)], np.array(timesteps, np.float32))
+        assert_sees_its_own_sample_alone(pack, samples, config)
 
 
-def test_a_large_record_is_not_passed_over_for_ever():
-    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 1.0)), patience=4)
-    tables = {"a": cost_table([[(Kind.TEXT, 100, 0, 0, 0)]] * 4),
-              "b": cost_table([[(Kind.TEXT, 10, 0, 0, 0)]] * 9 + [[(Kind.TEXT, 150, 0, 0, 0)]])}
-    planner = Planner(config, tables)
-    times = [i for i in range(300) if any(entry.group == "b" and entry.index == 9
-                                          for entry in planner[i].entries)]
-    epochs = max(entry.epoch for i in range(300) for entry in planner[i].entries
-                 if entry.group == "b")
-    assert len(times) >= epochs - 1 > 3
-
-
-def test_lookahead_fills_better_than_taking_in_turn():
-    rng = np.random.default_rng(0)
-    records = [[(Kind.TEXT, int(size), 0, 0, 0)] for size in rng.integers(5, 90, 400)]
-    tables = {"full": cost_table(records)}
-    def fill(lookahead):
-        planner = Planner(data_config(lookahead=lookahead), tables)
-        return np.mean([planner[i].cost.text / 160 for i in range(200)])
-    assert fill(1) < 0.85 and fill(32) > 0.97
-
-
-def test_mandatory_groups_that_never_fit_together_are_refused():
-    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 1.0, True)))
-    tables = {name: cost_table([[(Kind.TEXT, 100, 0, 0, 0)]]) for name in ("a", "b")}
-    with pytest.raises(ValueError, match="mandatory groups.*text=200.*text=160"):
-        Planner(config, tables)
+def assert_sees_its_own_sample_alone(pack, samples, config) -> None:
+    """Visibility is the block diagonal of each sample's own dense mask, and padding sees nothing."""
+    rows = joined(pack)
+    expected, start = np.zeros((len(rows.order),) * 2, bool), 0
+    for sample in samples:
+        lens, modes = [], []
+        for item in sample:
+            if isinstance(item, Text):
+                lens, modes = [*lens, len(item.ids) + 2], [*modes, "causal"]
+            elif not isinstance(item, Gap):
+                size = config.vit_patch if isinstance(item, ViTImage) else config.latent_patch
+                tokens = item.image.shape[0] // size * (item.image.shape[1] // size)
+                noised = isinstance(item, VAEImage) and item.noised
+                lens, modes = [*lens, tokens + 2], [*modes, "noise" if noised else "full"]
+        block = dense_mask(lens, modes)
+        expected[start:start + len(block), start:start + len(block)] = block
+        start += len(block)
+    assert start == len(rows.order)
+    np.testing.assert_array_equal(visible(rows, rows), expected)
+    everything = Rows(*(np.concatenate(row) for row in zip(pack.text_rows, pack.vit_rows, pack.latent_rows)))
+    padding = everything.order == INF
+    seen = visible(everything, everything)
+    assert not seen[padding].any() and not seen[:, padding].any()

@@ -70,6 +70,10 @@ def test_unknown_roles():
     (assistant(image(need_vae="yes")), "part 0: need_vae is 'yes'; use true or false"),
     (assistant(image("a*b=")), "part 0: the image is not base64"),
     (assistant(image("abc")), "part 0: the image is not base64"),
+    (assistant({"type": "text", "content": " "}), "turn 1, part 0: the text is empty"),
+    ([{"role": "user", "content": ""}], "turn 0: the text is empty"),
+    (assistant({"type": "text", "content": "\ud800"}), "turn 1, part 0: the text is not Unicode"),
+    (assistant(image("")), "turn 1, part 0: the image is empty"),
     (assistant(image(7)), "part 0: an image's content must be a base64 string, not int"),
     (assistant(image("A" * 400)), "image of about 300 bytes is over max_image_bytes 90"),
 ])

@@ -153,14 +153,12 @@ class Trainer:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
                                 self.placement.state)
         items = self.bundles.restore(self.start, state=as_item(abstract), ema=abstract.ema)
-        if items["position"]["fingerprint"] != self.data.fingerprint:
-            raise ValueError(f"{self.folder}: the data, tokenizer or data config changed since step "
-                             f"{self.start} was saved; batches would differ. Use another --workdir")
+        self.data.check_position(items["position"])
         return TrainState(**items["state"], ema=items["ema"])
 
     def save(self, step: int) -> None:
         self.bundles.save(step, state=as_item(self.state), ema=self.state.ema,
-                          position={"next_step": step, "fingerprint": self.data.fingerprint})
+                          position=self.data.position(step))
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
@@ -194,11 +192,11 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> int:
         return trainer.start
     (trainer.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     writer = MetricWriter(trainer.folder, first_step=trainer.start)
-    with Interrupt().listen() as interrupt, trainer.mesh, contextlib.closing(writer):
+    with (Interrupt().listen() as interrupt, trainer.mesh, contextlib.closing(writer),
+          contextlib.closing(trainer.data)):
         step = run_steps(trainer, writer, interrupt)
         trainer.save(step)
         trainer.bundles.close()
-        trainer.data.close()
     if step < config.total_steps:
         print(f"{trainer.folder}: stopped and saved at step {step}; the same command resumes", flush=True)
     return step
@@ -212,11 +210,15 @@ def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> i
                     mininterval=1.0)
     clock, step = time.perf_counter(), trainer.start
     while step < config.total_steps and not interrupt:
+        asked = time.perf_counter()
         batch = next(trainer.data)
+        waited = time.perf_counter() - asked
         trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
         if pending is not None:
             clock = report(*pending, writer, bar, clock, config.log_every)
-        pending = (step, metrics, count_tokens(batch) * jax.process_count(), trainer.data.fill(step))
+        data = trainer.data.counters | {"data_wait_seconds": waited}
+        data |= {f"fill_{stream}": share for stream, share in trainer.data.fill(step).items()}
+        pending = (step, metrics, count_tokens(batch) * jax.process_count(), data)
         step += 1
         if step % config.save_every == 0:
             trainer.save(step)
@@ -226,7 +228,7 @@ def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> i
     return step
 
 
-def report(step: int, metrics: dict[str, Any], tokens: int, fill: dict[str, float], writer: MetricWriter,
+def report(step: int, metrics: dict[str, Any], tokens: int, data: dict[str, float], writer: MetricWriter,
            bar: tqdm.tqdm, clock: float, log_every: int) -> float:
     """Writes one step's line; returns the time it was known."""
     values = {name: float(value) for name, value in metrics.items()}
@@ -234,8 +236,7 @@ def report(step: int, metrics: dict[str, Any], tokens: int, fill: dict[str, floa
     if not np.isfinite(values["loss"]):
         raise FloatingPointError(f"step {step}: loss is {values['loss']} (ce {values['ce']}, mse "
                                  f"{values['mse']}); the last checkpoint is from before this step")
-    values |= {"tokens_per_second": tokens / (now - clock), "step_seconds": now - clock,
-               "fill_text": fill["text"], "fill_vit": fill["vit"], "fill_latent": fill["latent"]}
+    values |= {"tokens_per_second": tokens / (now - clock), "step_seconds": now - clock} | data
     if step % log_every == 0:
         writer.write(step, values)
     bar.update()

@@ -1,0 +1,51 @@
+"""Many pieces of work over a few processes, none of which outlives the command."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], *,
+             workers: int) -> Iterator[tuple[int, Result]]:
+    """Yields (index of the job, its result) as they are done; without processes if one worker is enough.
+
+    Args: function and jobs must survive being sent to another process.
+    Raises: whatever a job raises, and ValueError if a worker was killed.
+    """
+    if min(workers, len(jobs)) <= 1:
+        yield from ((index, function(job)) for index, job in enumerate(jobs))
+        return
+    # Forked processes would inherit the locks of threads that they do not have.
+    with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker) as pool:
+        indices = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in concurrent.futures.as_completed(indices):
+                yield indices[future], future.result()
+        except BrokenProcessPool as error:
+            raise ValueError("a worker process was killed; if the machine ran out of memory, use fewer "
+                             "--workers. The same command goes on where this one ended") from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def default_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    threading.Thread(target=_follow_parent, name="follow-parent", daemon=True).start()
+
+
+def _follow_parent() -> None:
+    multiprocessing.parent_process().join()  # returns when the parent is gone, also after SIGKILL
+    os._exit(1)

@@ -1,0 +1,148 @@
+"""Random access to the rows of parquet files, whichever columns a kind of records has.
+
+Rows are read by row group, a few of which stay in memory. Every page is checked against its checksum,
+and every row group against the digest that is recorded of it, see `digests`: with neither, most flipped
+bytes in a parquet file are silently other text.
+"""
+
+import bisect
+import itertools
+import pathlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+
+from data_pipelines.digests import FileDigest, footer_sha256, group_sha256, read_recorded, stat_digest
+
+_FIX = "restore the file; if it was changed on purpose, run python -m data_pipelines.check --write"
+
+
+class TableRow(NamedTuple):
+    """The values of one row by column, and the file and row it is."""
+
+    values: dict[str, Any]
+    place: str
+
+
+class _RowGroup(NamedTuple):
+    file: pathlib.Path
+    index: int      # within its file
+    first_row: int  # within its file
+    num_rows: int
+
+
+class ParquetTable:
+    """All rows of one group: `table[i]` is a `TableRow`. Safe for many threads."""
+
+    def __init__(self, folder: str | pathlib.Path, columns: Mapping[str, str], *, cache_mib: int = 256,
+                 digests: str | pathlib.Path = ""):
+        """Opens the files and compares them with what is recorded of them, row groups excepted.
+
+        Args:
+            folder: with parquet files, at any depth.
+            columns: the names that are read and their types, such as "string" or "list<binary>".
+            cache_mib: bounds the row groups kept in memory.
+            digests: as of `read_recorded`.
+        Raises: ValueError naming the file that is empty, broken, not as recorded, or has other columns.
+        """
+        self.folder, self._columns = pathlib.Path(folder), dict(columns)
+        self.files = sorted(self.folder.rglob("*.parquet"))
+        if not self.files:
+            raise ValueError(f"no parquet file in {str(self.folder)!r}; build the data set first "
+                             "(python -m data_pipelines.build) or correct source, split and groups")
+        recorded = read_recorded(self.folder, self.files, digests=digests)
+        self.digest = recorded.content or stat_digest(self.files)
+        self._recorded = {self.folder / name: digest for name, digest in recorded.files.items()}
+        self._groups = [group for file in self.files for group in self._row_groups(file)]
+        self._ends = list(itertools.accumulate(group.num_rows for group in self._groups))
+        self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
+        self._cache_bytes = cache_mib * 2**20
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> TableRow:
+        """Raises: ValueError naming file and rows that are damaged."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index)
+        group = self._groups[number]
+        offset = index - (self._ends[number] - group.num_rows)
+        table = self._read(number)
+        place = f"{group.file} row {group.first_row + offset}"
+        try:
+            return TableRow({name: table.column(name)[offset].as_py() for name in self._columns}, place)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{place}: the text is damaged (not UTF-8: {error.reason})") from error
+
+    def _read(self, number: int) -> pyarrow.Table:
+        with self._lock:
+            if number not in self._cache:
+                self._cache[number] = self._read_group(self._groups[number])
+                while (len(self._cache) > 1 and
+                       sum(table.nbytes for table in self._cache.values()) > self._cache_bytes):
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(number)
+            return self._cache[number]
+
+    def _read_group(self, group: _RowGroup) -> pyarrow.Table:
+        rows = f"{group.file}: rows {group.first_row} to {group.first_row + group.num_rows - 1}"
+        recorded = self._recorded.get(group.file)
+        # Opened anew each time: thousands of files would exhaust the file descriptors.
+        with open_parquet(group.file) as file:
+            found = group_sha256(group.file, file.metadata, group.index) if recorded else None
+            if recorded and found != recorded.groups[group.index]:
+                raise ValueError(f"{rows} are damaged (not what was recorded); {_FIX}")
+            try:
+                table = file.read_row_group(group.index, columns=list(self._columns))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{rows} are damaged ({error}); restore the file or build it again") from error
+        if len(table) != group.num_rows:
+            raise ValueError(f"{rows} are damaged ({len(table)} of {group.num_rows} can be read); {_FIX}")
+        return table
+
+    def _row_groups(self, path: pathlib.Path) -> list[_RowGroup]:
+        recorded: FileDigest | None = self._recorded.get(path)
+        if recorded and footer_sha256(path) != recorded.footer:
+            raise ValueError(f"{path}: the footer is not the one that was recorded; {_FIX}")
+        with open_parquet(path) as file:
+            schema = file.schema_arrow
+            for name, wanted in self._columns.items():
+                index = schema.get_field_index(name)  # -1 also if two have the name
+                if index < 0:
+                    raise ValueError(f"{path}: no column {name!r}; it has {schema.names}")
+                if (found := _type_name(schema.field(index).type)) != wanted:
+                    raise ValueError(f"{path}: column {name!r} holds {found}; expected {wanted}")
+            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        if min(counts, default=0) < 0:
+            raise ValueError(f"{path}: the footer is damaged (a row group of {min(counts)} rows)")
+        if sum(counts) == 0:
+            raise ValueError(f"{path}: the parquet file has no rows")
+        if recorded and len(recorded.groups) != len(counts):
+            raise ValueError(f"{path}: {len(counts)} row groups, but {len(recorded.groups)} are recorded; "
+                             f"{_FIX}")
+        starts = itertools.accumulate(counts, initial=0)
+        return [_RowGroup(path, i, start, count)
+                for i, (start, count) in enumerate(zip(starts, counts)) if count]
+
+
+def open_parquet(path: pathlib.Path) -> pyarrow.parquet.ParquetFile:
+    """Reads the footer; pages will be checked. Raises: ValueError naming the file if it is broken."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        "".join(file.schema_arrow.names)  # names that are no Unicode raise when they are asked for
+        return file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _type_name(type: pyarrow.DataType) -> str:
+    """As in `columns`: one name for types that hold the same values."""
+    if pyarrow.types.is_list(type) or pyarrow.types.is_large_list(type):
+        return f"list<{_type_name(type.value_type)}>"
+    return str(type).removeprefix("large_")
