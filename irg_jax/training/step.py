@@ -75,7 +75,8 @@ def make_gradient(model: Functional, config: StepConfig) -> Callable:
         if config.accumulate == 1:
             (_, losses), grads = value_and_grad(params, batch, flow, totals)
             return losses, grads
-        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), (batch, flow))
+        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]),
+                             (batch, flow))
 
         def add(total, part):
             (_, losses), grads = value_and_grad(params, *part, totals)
