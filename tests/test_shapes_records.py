@@ -27,6 +27,7 @@ SEQUENCES = {
     "text_to_image": "p [i*]",
     "understanding": "[i+vit] q [t*]",
     "description": "s p [t* i*]",
+    "editing": "[i+vae+vit] q [i*]",
 }
 
 

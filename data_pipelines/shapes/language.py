@@ -89,6 +89,13 @@ def reflect(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, fl
     return tagged(f"{text}{background if fits else ''}.")
 
 
+def instruct(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, flawed: Scene,
+             right: Scene) -> str:
+    """What a user asks of a picture to be edited: how the base model learns to keep most of one."""
+    step = _remedy(request, flaw, flawed, right)[2] if flaw else _PRAISE[2]
+    return f"{step}{pick(rng, ('', '', ' and keep all the rest'))}."
+
+
 _PRAISE = ("the image shows all that the prompt asks for", "no change is needed",
            "draw the same picture again")
 

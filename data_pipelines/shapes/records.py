@@ -14,6 +14,7 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     text_to_image                     prompt, image*
     understanding                     image (ViT only), question, answer*
     description                       system, prompt, describe*, image*
+    editing                           image1, instruction, image2*
 """
 
 import base64
@@ -40,7 +41,7 @@ MODES = (
     "improving_thinking_generation",
     "improving_full",
 )
-BASE_MODES = ("text_to_image", "understanding", "description")
+BASE_MODES = ("text_to_image", "understanding", "description", "editing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -156,6 +157,11 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             thought = language.tagged(language.describe(rng, story.right))
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
                     _assistant(_text(thought), _drawn(story.right, side))]
+        case "editing":
+            instruction = language.instruct(rng, story.request, flaw=story.flaw, flawed=story.flawed,
+                                            right=story.right)
+            return [_assistant(_seen(story.flawed, side)), _user(instruction),
+                    _assistant(_drawn(story.right, side))]
     raise AssertionError(mode)
 
 
