@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from data_pipelines.digests import read_recorded, stat_digest
+from data_pipelines.digests import read_recorded
 from data_pipelines.layout import INFO, SPLIT, TYPES
 from data_pipelines.records import ImagePart, Limits, Record, TextPart, image_part, text_part
 from data_pipelines.stored_costs import load_costs
@@ -37,7 +37,7 @@ class ArrayRecordSource:
         """
         self.folder, self._mode, self._limits = pathlib.Path(folder), mode, limits
         present = sorted(path for path in self.folder.iterdir() if path.is_file())
-        self.digest = read_recorded(self.folder, present, suffix="").content or stat_digest(present)
+        self.digest = read_recorded(self.folder, present, suffix="").content
         self.files, lengths = list_shards(self.folder)
         self._ends = list(itertools.accumulate(lengths))
         self._readers: OrderedDict[int, array_record_module.ArrayRecordReader] = OrderedDict()

@@ -2,17 +2,20 @@
 
     python -m data_pipelines.check DIR [--write] [--config CONFIG] [--tokenizer TOKENIZER.json]
 
-DIR is in the released layout (`<mode>/*.parquet`, perhaps below a folder for the split) or was written
-by `build`. Every file is compared with what is recorded of it, every record is parsed, every image is
-decoded; with a tokenizer, records that fit no pack are found too. `--write` records digests of parquet
-that is good in DIR/digests.json (or `--digests FILE`), which training then compares as it reads.
+DIR is in the released layout (`<mode>/*.parquet`, perhaps below a folder for the split), or was written
+by `build`, or holds BAGEL's own kinds, which are told by columns and JSONL, or by the configuration. Every
+file is compared with what is recorded of it, every record is parsed, every image is decoded; with a
+tokenizer, records that fit no pack are found too. `--write` records digests of files that are good in
+DIR/digests.json (or `--digests FILE`), which training then compares as it reads.
 """
 
+import dataclasses
+import functools
 import pathlib
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,23 +23,26 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines import command
+from data_pipelines.array_records import list_shards, open_shard, read_record
 from data_pipelines.config import DataConfig, GroupConfig, from_config_dict
 from data_pipelines.costs import CostTable, find_oversize
+from data_pipelines.datasets import find_kind, make_parser
 from data_pipelines.digests import (
     DIGESTS,
     FileDigest,
     compare_recorded,
+    file_digest,
     file_sha256,
-    parquet_digest,
     write_json,
 )
 from data_pipelines.faults import find_cause
 from data_pipelines.inspection import find_faults, group_of, limits_of, measure_record, open_tokenizer
 from data_pipelines.jobs import default_workers, run_jobs
 from data_pipelines.layout import Group, find_groups
-from data_pipelines.records import ImagePart, Record, parse_conversation
+from data_pipelines.lines import Line, find_lines, read_line
+from data_pipelines.records import ImagePart, Record
 from data_pipelines.samples import Cost
-from data_pipelines.sources import list_row_groups, read_row_group, row_text
+from data_pipelines.sources import COLUMNS, Row, list_row_groups, read_row, read_row_group
 
 
 class Wish(NamedTuple):
@@ -45,19 +51,25 @@ class Wish(NamedTuple):
     config: DataConfig      # limits; with a tokenizer also transforms and budgets
     tokenizer: str = ""     # file; empty: costs are not measured
     decode: bool = True     # every image; without, headers alone
-    write: bool = False     # digests of parquet files
+    write: bool = False     # digests of parquet and JSONL files
 
 
 class File(NamedTuple):
     """A file to be checked."""
 
     path: pathlib.Path
-    group: Group
-    name: str                    # below the group's folder
+    folder: pathlib.Path         # of the group
+    group: GroupConfig
+    home: str                    # the group's path below the data set's folder
     wish: Wish
-    recorded: FileDigest | None  # of parquet
+    recorded: FileDigest | None  # of parquet and JSONL
     sha256: str                  # of the whole file; empty: nobody knows
     length: int = 0              # records of an ArrayRecord file
+
+    @property
+    def name(self) -> str:
+        """Below the group's folder."""
+        return self.path.relative_to(self.folder).as_posix()
 
 
 class Checked(NamedTuple):
@@ -89,10 +101,10 @@ def check(root: str | pathlib.Path, wish: Wish, *, digests: str | pathlib.Path =
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
         for index, checked in run_jobs(check_file, files, workers=workers or default_workers()):
             file = files[index]
-            faults[file.group.path] += checked.faults
-            counts[file.group.path].update(checked.counts)
+            faults[file.home] += checked.faults
+            counts[file.home].update(checked.counts)
             if checked.digest:
-                found[f"{file.group.path}/{file.name}"] = checked.digest
+                found[f"{file.home}/{file.name}"] = checked.digest
             progress.update(file.path.stat().st_size)
     if wish.write and not any(faults.values()):
         write_json(target, {"files": {name: found[name]._asdict() for name in sorted(found)}})
@@ -105,26 +117,20 @@ def check_file(file: File) -> Checked:
     faults: list[str] = []
     if file.sha256 and file_sha256(file.path) != file.sha256:
         faults.append(f"{file.path} is damaged, or was changed since its manifest was written; restore it")
-    if file.path.suffix == ".parquet":
-        records = _read_parquet(file, faults)
-    else:
-        records = _read_shard(file, faults) if file.length else iter(())
-    for record in records:
+    read = {".parquet": _read_parquet, ".jsonl": _read_lines}.get(file.path.suffix, _read_shard)
+    for record in read(file, faults):
         faults += _inspect(record, file, counts)
-    digest = None
-    if file.wish.write and file.path.suffix == ".parquet" and not faults:
-        digest = parquet_digest(file.path)
-    return Checked(counts, tuple(faults), digest)
+    is_written = file.wish.write and file.path.suffix in (".parquet", ".jsonl") and not faults
+    return Checked(counts, tuple(faults), file_digest(file.path) if is_written else None)
 
 
 def _list_files(group: Group, wish: Wish, digests: str | pathlib.Path | None,
                 faults: list[str]) -> Iterator[File]:
     """Args: digests None: what is about to be written anew is not what files are measured by."""
-    suffix, paths = ".parquet", list(group.files)
-    lengths: dict[str, int] = {}
+    paths, lengths = list(group.files), {}
+    suffix, config = paths[0].suffix if paths else "", _find_config(group, wish.config)
     if not paths:
-        from data_pipelines.array_records import list_shards  # TFDS takes long to import
-        suffix, paths = "", sorted(path for path in group.folder.iterdir() if path.is_file())
+        paths = sorted(path for path in group.folder.iterdir() if path.is_file())
         try:
             lengths = {path.name: length for path, length in zip(*list_shards(group.folder))}
         except ValueError as error:
@@ -133,33 +139,69 @@ def _list_files(group: Group, wish: Wish, digests: str | pathlib.Path | None,
     faults += recorded.faults
     for path in paths:
         name = path.relative_to(group.folder).as_posix()
-        yield File(path, group, name, wish, recorded.files.get(name), recorded.sha256.get(name, ""),
-                   lengths.get(name, 0))
+        yield File(path, group.folder, config, group.path, wish, recorded.files.get(name),
+                   recorded.sha256.get(name, ""), lengths.get(name, 0))
+
+
+def _find_config(group: Group, config: DataConfig) -> GroupConfig:
+    """The mixture's of this name, or else one of the kind that the files are of."""
+    named = group_of(config, group.mode)
+    if named in config.groups or not group.files:
+        return named
+    try:
+        kind = find_kind(group.folder)[0]
+    except ValueError:
+        kind = None  # a broken file is named when it is read
+    return dataclasses.replace(named, kind=kind or named.kind)
 
 
 def _read_parquet(file: File, faults: list[str]) -> Iterator[Record]:
+    columns = COLUMNS.get(file.group.kind)
+    if columns is None:
+        faults.append(f"{file.path}: group {file.group.name!r} is of kind {file.group.kind!r}, which is read "
+                      "from JSONL; correct its kind")
+        return
     try:
-        groups = list_row_groups(file.path, file.recorded)
+        groups = list_row_groups(file.path, columns, file.recorded)
     except ValueError as error:
         faults.append(str(error))
         return
     for group in groups:
         try:
-            column = read_row_group(group)
+            table = read_row_group(group, columns)
         except ValueError as error:
             faults.append(str(error))
             continue
-        for offset in range(group.num_rows):
-            try:
-                text, place = row_text(column, group, offset)
-                yield parse_conversation(text, mode=file.group.mode, place=place,
-                                         limits=limits_of(file.wish.config))
-            except ValueError as error:
-                faults.append(str(error))
+        yield from _parse(file, (functools.partial(read_row, table, group, offset)
+                                 for offset in range(group.num_rows)), faults)
+
+
+def _read_lines(file: File, faults: list[str]) -> Iterator[Record]:
+    if file.group.kind != "vision_language":
+        faults.append(f"{file.path}: group {file.group.name!r} is of kind {file.group.kind!r}, which is read "
+                      "from parquet; set its kind to 'vision_language'")
+        return
+    try:
+        spans = find_lines(file.path, file.recorded.footer if file.recorded else "")
+    except ValueError as error:
+        faults.append(str(error))
+        return
+    yield from _parse(file, (functools.partial(read_line, file.path, span) for span in spans), faults)
+
+
+def _parse(file: File, reads: Iterable[Callable[[], Row | Line]], faults: list[str]) -> Iterator[Record]:
+    """The records of rows or lines, each read by a call of its own; what is wrong goes to `faults`."""
+    parse = make_parser(file.group.kind, file.folder, mode=file.group.name, limits=limits_of(file.wish.config))
+    for read in reads:
+        try:
+            yield parse(read())
+        except ValueError as error:
+            faults.append(str(error))
 
 
 def _read_shard(file: File, faults: list[str]) -> Iterator[Record]:
-    from data_pipelines.array_records import open_shard, read_record
+    if not file.length:
+        return  # what lies beside the shards of a data set
     try:
         reader = open_shard(file.path, length=file.length)
     except ValueError as error:
@@ -167,7 +209,7 @@ def _read_shard(file: File, faults: list[str]) -> Iterator[Record]:
         return
     for row in range(file.length):
         try:
-            yield read_record(reader, row, mode=file.group.mode, place=f"{file.path} record {row}",
+            yield read_record(reader, row, mode=file.group.name, place=f"{file.path} record {row}",
                               limits=limits_of(file.wish.config))
         except ValueError as error:
             faults.append(str(error))
@@ -178,18 +220,19 @@ def _inspect(record: Record, file: File, counts: Counter[str]) -> list[str]:
     wish = file.wish
     pictures = [part for part in record.parts if isinstance(part, ImagePart)]
     counts.update(records=1, parts=len(record.parts), images=len(pictures))
+    if file.path.suffix == ".jsonl":
+        counts["file_bytes"] += sum(len(part.data) for part in pictures)  # files beside it
     faults = find_faults(record, wish.config, decode=wish.decode)
     if faults or not wish.tokenizer:
         return faults
-    group = group_of(wish.config, file.group.mode)
-    items, faults = measure_record(record, wish.config, open_tokenizer(wish.tokenizer), group=group)
+    items, faults = measure_record(record, wish.config, open_tokenizer(wish.tokenizer), group=file.group)
     if items is None:
         return faults
     cost = Cost(*items[:, 1:].sum(axis=0).tolist())
     counts.update(text=cost.text, vit=cost.vit, latent=cost.latent)
     table = CostTable(items, np.array([0, len(items)]))
     return [f"{record.place}: the record fits no pack ({reason})"
-            for _, reason in find_oversize(table, group=group, config=wish.config)]
+            for _, reason in find_oversize(table, group=file.group, config=wish.config)]
 
 
 def describe(groups: Mapping[str, Checked]) -> Iterator[str]:
@@ -233,7 +276,7 @@ if __name__ == "__main__":
     command.define_config("A training configuration, whose limits and budgets count.")
     flags.DEFINE_string("tokenizer", None, "tokenizer.json; with it, records that fit no pack are found.")
     flags.DEFINE_bool("decode", True, "Decode every image; without, headers alone.")
-    flags.DEFINE_bool("write", False, "Record digests of parquet files, if all is good.")
+    flags.DEFINE_bool("write", False, "Record digests of parquet and JSONL files, if all is good.")
     flags.DEFINE_string("digests", None, "The file of digests, instead of DIR/digests.json.")
     flags.DEFINE_integer("workers", 0, "Processes; 0: one for each core.", lower_bound=0)
     flags.mark_flags_as_required(["dir"])

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_pipelines import tfds_builder
 from data_pipelines.config import DataConfig, GroupConfig
-from data_pipelines.digests import MANIFEST, file_sha256, read_recorded, stat_digest, write_json
+from data_pipelines.digests import MANIFEST, file_sha256, read_recorded, write_json
 from data_pipelines.inspection import (
     group_of,
     list_roles,
@@ -32,10 +32,11 @@ from data_pipelines.jobs import default_workers, run_jobs
 from data_pipelines.layout import Group, find_groups
 from data_pipelines.manifests import is_built, list_files, partial_folder, publish
 from data_pipelines.samples import Cost
-from data_pipelines.sources import RowGroup, list_row_groups, read_row_group, row_text
+from data_pipelines.sources import COLUMNS, RowGroup, list_row_groups, read_row, read_row_group
 from data_pipelines.stored_costs import ITEM, describe_costs, save_costs
 
 _PLAN = "plan.json"
+_COLUMNS = COLUMNS["conversation"]
 
 
 class Shard(NamedTuple):
@@ -138,21 +139,21 @@ def _read_records(shard: Shard, faults: list[str]) -> Iterator[tuple[Any, list[s
     """Good records and their roles; what is wrong with the others goes to `faults`."""
     for group in shard.rows:
         try:
-            column = read_row_group(group)
+            table = read_row_group(group, _COLUMNS)
         except ValueError as error:
             faults.append(str(error))
             continue
         for offset in range(group.num_rows):
             try:
-                text, place = row_text(column, group, offset)
+                row = read_row(table, group, offset)
             except ValueError as error:
                 faults.append(str(error))
                 continue
-            record, wrong = read_conversation(text, mode=shard.mode, place=place, config=shard.config,
+            record, wrong = read_conversation(row.text, mode=shard.mode, place=row.place, config=shard.config,
                                               decode=shard.decode)
             faults += wrong
             if record is not None:
-                yield record, list_roles(text)
+                yield record, list_roles(row.text)
 
 
 def _read_notes(shard: Shard) -> Written | None:
@@ -184,12 +185,15 @@ def _list_rows(groups: Sequence[Group]) -> dict[str, list[RowGroup]]:
     for group in groups:
         if not group.files:
             raise ValueError(f"{group.folder} holds no parquet files; it is built already")
+        if group.files[0].suffix != ".parquet":
+            raise ValueError(f"{group.folder} holds JSONL; only conversations are built, training reads the "
+                             "other kinds as they are")
         recorded = read_recorded(group.folder, group.files).files
         rows[group.path] = []
         for file in group.files:
             name = file.relative_to(group.folder).as_posix()
             try:
-                rows[group.path] += list_row_groups(file, recorded.get(name))
+                rows[group.path] += list_row_groups(file, _COLUMNS, recorded.get(name))
             except ValueError as error:
                 faults.append(str(error))
     if faults:
@@ -200,8 +204,7 @@ def _list_rows(groups: Sequence[Group]) -> dict[str, list[RowGroup]]:
 def _describe(groups: Sequence[Group], rows: Mapping[str, Sequence[RowGroup]], config: DataConfig,
               tokenizer: str, *, shard_mib: int, decode: bool) -> dict[str, Any]:
     """What the data set is."""
-    digests = {group.path: read_recorded(group.folder, group.files).content or stat_digest(group.files)
-               for group in groups}
+    digests = {group.path: read_recorded(group.folder, group.files).content for group in groups}
     opened = open_tokenizer(tokenizer)
     costs = {group.path: describe_costs(config, group_of(config, group.mode), opened) for group in groups}
     shards = {path: len(_cut(rows[path], shard_mib)) for path in rows}

@@ -8,7 +8,8 @@ data set and names the files below it:
 
 Parquet as most tools write it has no checksums, and nearly every flipped byte is silently wrong
 text. The digests of its footer and of each row group are compared whenever they are read, so a
-start-up reads footers and no data, and a copied folder is still the same data set.
+start-up reads footers and no data, and a copied folder is still the same data set. A JSONL file has
+no footer: there the digest is of the whole file, which is read at the start for its line breaks anyway.
 """
 
 import hashlib
@@ -27,20 +28,24 @@ _TAIL = 8    # bytes after a parquet footer: its length and the magic number
 
 
 class FileDigest(NamedTuple):
-    """Of one parquet file; sha256 of its footer and of the bytes of each row group."""
+    """Of one parquet file: sha256 of its footer and of the bytes of each row group; or of a JSONL file."""
 
     size: int
-    footer: str
+    footer: str               # of JSONL: of all of it
     groups: tuple[str, ...]
 
 
 class Recorded(NamedTuple):
     """What is recorded of the files of one group."""
 
-    content: str | None              # sha256 over names and digests; None: nothing is recorded
+    content: str                     # sha256 over names and digests; without, names, sizes and times
     files: Mapping[str, FileDigest]  # by name below the group's folder; empty without digests.json
     sha256: Mapping[str, str]        # of whole files; empty without a manifest
     faults: tuple[str, ...] = ()     # files that are absent, not listed, or of another size
+
+    def whole(self, name: str) -> str:
+        """sha256 of a JSONL file; empty if nothing is recorded."""
+        return self.files[name].footer if name in self.files else self.sha256.get(name, "")
 
 
 def read_recorded(folder: str | pathlib.Path, files: Sequence[pathlib.Path], *, suffix: str = ".parquet",
@@ -77,23 +82,8 @@ def compare_recorded(folder: str | pathlib.Path, files: Sequence[pathlib.Path], 
     parquet = {name: _as_digest(entry, path) for name, entry in listed.items()}
     faults += _compare_sizes(path, {name: digest.size for name, digest in parquet.items()}, names)
     entries = manifest or parquet  # the manifest first: recording digests later changes nothing
-    content = _sha256([[name, entries.get(name)] for name in sorted(names)]) if entries else None
+    content = _sha256([[name, entries.get(name)] for name in sorted(names)]) if entries else _stat_digest(files)
     return Recorded(content, parquet, manifest, tuple(faults))
-
-
-def source_digest(folder: str | pathlib.Path, files: Sequence[pathlib.Path], **where: Any) -> str:
-    """sha256 that changes with the files: of their recorded digests, or else of names, sizes and times.
-
-    Args: as of `read_recorded`.
-    Raises: ValueError as `read_recorded` does.
-    """
-    return read_recorded(folder, files, **where).content or stat_digest(files)
-
-
-def stat_digest(files: Sequence[pathlib.Path]) -> str:
-    """sha256 of names, sizes and times: tells that files were changed, without reading them."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _sha256(stats)
 
 
 def file_sha256(path: str | pathlib.Path) -> str:
@@ -102,8 +92,10 @@ def file_sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def parquet_digest(path: pathlib.Path) -> FileDigest:
-    """Reads a parquet file once. Raises: ValueError if its footer is broken."""
+def file_digest(path: pathlib.Path) -> FileDigest:
+    """Reads a parquet or JSONL file once. Raises: ValueError if a parquet footer is broken."""
+    if path.suffix != ".parquet":
+        return FileDigest(path.stat().st_size, file_sha256(path), ())
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             metadata = file.metadata
@@ -176,7 +168,7 @@ def _as_digest(entry: Any, path: pathlib.Path) -> FileDigest:
     try:
         return FileDigest(int(entry["size"]), str(entry["footer"]), tuple(map(str, entry["groups"])))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no digests of parquet files; remove it and run "
+        raise ValueError(f"{path} holds no digests of files; remove it and run "
                          "python -m data_pipelines.check --write") from error
 
 
@@ -194,6 +186,11 @@ def _compare_sizes(path: pathlib.Path, sizes: Mapping[str, int | None],
         elif sizes[name] not in (None, size):
             faults.append(f"{names[name]} has {size} bytes, {path} says {sizes[name]}; {fix}")
     return faults
+
+
+def _stat_digest(files: Sequence[pathlib.Path]) -> str:
+    """Tells that files were changed, without reading them."""
+    return _sha256([(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
 
 
 def _sha256(value: Any) -> str:

@@ -4,9 +4,11 @@
     <source>/<split>/<group>/images/...   what the lines name, by paths inside this folder
 
 A line is found by its offset, so a file is read once, for its line breaks, and then line by line.
+That once, it is also compared with the digest that is recorded of it, see `digests`.
 """
 
 import bisect
+import hashlib
 import itertools
 import os
 import pathlib
@@ -17,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.digests import source_digest
+from data_pipelines.digests import read_recorded
 
-IMAGES = "images"              # folder of the images, beside the JSONL files
 MAX_LINE_BYTES = 16 * 2**20    # of one line; images are files of their own
 _CHUNK = 2**24                 # bytes of a file searched for line breaks at a time
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -38,15 +39,16 @@ class JsonLines:
     def __init__(self, folder: str | pathlib.Path, *, digests: str | pathlib.Path = ""):
         """Args: folder with JSONL files; digests as of `read_recorded`.
 
-        Raises: ValueError naming what is missing, empty or not readable.
+        Raises: ValueError naming what is missing, empty, not readable or not as recorded.
         """
         self.folder = pathlib.Path(folder)
         self.files = sorted(self.folder.glob("*.jsonl"))
         if not self.files:
             raise ValueError(f"no JSONL file in {str(self.folder)!r}; correct source, split, groups and kind")
-        self.digest = source_digest(self.folder, self.files, suffix=".jsonl", digests=digests)
+        recorded = read_recorded(self.folder, self.files, suffix=".jsonl", digests=digests)
+        self.digest = recorded.content
         bar = tqdm(self.files, f"lines of {self.folder.name}", disable=None, leave=False)
-        self._spans = [_find_lines(file) for file in bar]
+        self._spans = [find_lines(file, recorded.whole(file.name)) for file in bar]
         self._ends = list(itertools.accumulate(map(len, self._spans)))
 
     def __len__(self) -> int:
@@ -57,29 +59,42 @@ class JsonLines:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
-        spans, file = self._spans[number], self.files[number]
-        line, start, end = spans[index - (self._ends[number] - len(spans))].tolist()
-        place = f"{file} line {line}"
-        if end - start > MAX_LINE_BYTES:
-            raise ValueError(f"{place}: line of {end - start} bytes is over the limit of {MAX_LINE_BYTES}")
-        try:
-            with open(file, "rb") as opened:  # anew each time: a file's position belongs to one thread
-                opened.seek(start)
-                return Line(opened.read(end - start), place)
-        except OSError as error:
-            raise ValueError(f"{place}: cannot be read ({error.strerror})") from error
+        spans = self._spans[number]
+        return read_line(self.files[number], spans[index - (self._ends[number] - len(spans))])
 
 
-def _find_lines(path: pathlib.Path) -> np.ndarray:
-    """int64 [lines, 3]: number from 1, first byte, and the byte after the last; without empty lines."""
-    breaks, size = [], 0
+def read_line(path: pathlib.Path, span: np.ndarray) -> Line:
+    """Args: span, a row of `find_lines`. Raises: ValueError if it is too long or cannot be read."""
+    line, start, end = span.tolist()
+    place = f"{path} line {line}"
+    if end - start > MAX_LINE_BYTES:
+        raise ValueError(f"{place}: line of {end - start} bytes is over the limit of {MAX_LINE_BYTES}")
+    try:
+        with open(path, "rb") as file:  # anew each time: a file's position belongs to one thread
+            file.seek(start)
+            return Line(file.read(end - start), place)
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be read ({error.strerror})") from error
+
+
+def find_lines(path: pathlib.Path, sha256: str = "") -> np.ndarray:
+    """int64 [lines, 3]: number from 1, first byte, and the byte after the last; without empty lines.
+
+    Args: sha256 of the file as recorded; empty: nothing is.
+    Raises: ValueError if it cannot be read, has no lines, or is another file.
+    """
+    breaks, size, found = [], 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
+                found.update(chunk)
                 breaks.append(size + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
                 size += len(chunk)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if sha256 not in ("", found.hexdigest()):
+        raise ValueError(f"{path} is damaged (not what was recorded); restore the file; if it was changed on "
+                         "purpose, run python -m data_pipelines.check --write")
     ends = np.concatenate([*breaks, [size]]).astype(np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1])
     spans = np.stack([np.arange(1, len(ends) + 1), starts, ends], axis=1)[ends > starts]

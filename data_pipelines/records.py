@@ -60,19 +60,21 @@ class Limits(NamedTuple):
     max_image_bytes: int = 32 * 2**20
 
 
-def parse_conversation(text: str, *, mode: str, place: str, limits: Limits = Limits()) -> Record:
+def parse_conversation(text: str | None, *, mode: str, place: str, limits: Limits = Limits()) -> Record:
     """Reads the JSON of one conversation.
 
     Flags that are absent take the released defaults: a user's text carries no loss, an assistant's
     text does, and all three flags of an image are false.
 
     Args:
-        text: JSON list of turns.
+        text: JSON list of turns; None as parquet may hold it.
         mode: the learning mode, kept in the record.
         place: file and row, for messages.
     Raises: ValueError naming place, turn and part.
     Source: format of IRG's data/interleave_datasets/multi_think_interleave_t2i_dataset.py.
     """
+    if text is None:
+        raise ValueError(f"{place}: the conversation is null")
     turns = parse_json(text, "conversation", place=place)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{place}: the conversation must be a list of at least one turn")

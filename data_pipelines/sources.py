@@ -1,8 +1,8 @@
-"""Random access to the rows of parquet files: `<source>/<split>/<group>/*.parquet`.
+"""Random access to the rows of parquet files: `<source>/<split>/<group>/*.parquet`, whatever their columns.
 
 Rows are read by row group, a few of which stay in memory. Every page is checked against its
-checksum, and every row group against the digest that `check --write` recorded: with neither, most
-flipped bytes in a parquet file are silently wrong text.
+checksum, and every row group against the digest that is recorded of it, see `digests`: with neither,
+most flipped bytes in a parquet file are silently wrong text.
 """
 
 import bisect
@@ -10,28 +10,34 @@ import itertools
 import pathlib
 import threading
 from collections import OrderedDict
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from data_pipelines.digests import (
-    FileDigest,
-    footer_sha256,
-    group_sha256,
-    read_recorded,
-    stat_digest,
-)
+from data_pipelines.digests import FileDigest, footer_sha256, group_sha256, read_recorded
 
 COLUMN = "conversation"
+# The columns of each kind of records that is stored in parquet, and their types.
+COLUMNS: Mapping[str, Mapping[str, str]] = {
+    "conversation": {COLUMN: "string"},
+    "text_to_image": {"image": "binary", "captions": "string"},
+    "editing": {"image_list": "list<binary>", "instruction_list": "list<list<string>>"},
+}
 _FIX = "restore the file; if it was changed on purpose, run python -m data_pipelines.check --write"
 
 
 class Row(NamedTuple):
-    """The text of one conversation and the file and row it stands in."""
+    """The values of one row, in the order of the columns that were asked for, and its file and row."""
 
-    text: str
+    values: tuple[Any, ...]
     place: str
+
+    @property
+    def text(self) -> str:
+        """The first value: of a row of conversations, all there is."""
+        return self.values[0]
 
 
 class RowGroup(NamedTuple):
@@ -48,27 +54,28 @@ class RowGroup(NamedTuple):
 class ParquetRows:
     """All rows of one group: `len(source)` rows, `source[i]` is a `Row`. Safe for many threads."""
 
-    def __init__(self, folder: str | pathlib.Path, *, cache_mib: int = 256, digests: str | pathlib.Path = ""):
+    def __init__(self, folder: str | pathlib.Path, columns: Mapping[str, str] = COLUMNS["conversation"], *,
+                 cache_mib: int = 256, digests: str | pathlib.Path = ""):
         """Opens the files and compares them with what is recorded of them, row groups excepted.
 
         Args:
-            folder: with parquet files.
+            folder: with parquet files, at any depth.
+            columns: the names that are read and their types, such as "string" or "list<binary>".
             cache_mib: bounds the row groups kept in memory.
             digests: file of `check --write --digests`, if the data set's folder does not hold it.
-        Raises: ValueError naming the file that is empty, broken, not as recorded, or has no
-            `conversation` column.
+        Raises: ValueError naming the file that is empty, broken, not as recorded, or has other columns.
         """
-        self.folder = pathlib.Path(folder)
+        self.folder, self._columns = pathlib.Path(folder), columns
         self.files = sorted(self.folder.rglob("*.parquet"))
         if not self.files:
             raise ValueError(f"no parquet file in {str(self.folder)!r}; build the data set first "
                              "(python -m data_pipelines.build) or correct source, split and groups")
         recorded = read_recorded(self.folder, self.files, digests=digests)
-        self.digest = recorded.content or stat_digest(self.files)
+        self.digest = recorded.content
         self._groups = [group for file in self.files for group in list_row_groups(
-            file, recorded.files.get(file.relative_to(self.folder).as_posix()))]
+            file, columns, recorded.files.get(file.relative_to(self.folder).as_posix()))]
         self._ends = list(itertools.accumulate(group.num_rows for group in self._groups))
-        self._cache: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
+        self._cache: OrderedDict[int, pyarrow.Table] = OrderedDict()
         self._cache_bytes = cache_mib * 2**20
         self._lock = threading.Lock()
 
@@ -76,79 +83,90 @@ class ParquetRows:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Row:
+        """Raises: ValueError naming file and rows that are damaged."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
         group = self._groups[number]
-        offset = index - (self._ends[number] - group.num_rows)
-        return row_text(self._read(number), group, offset)
+        return read_row(self._read(number), group, index - (self._ends[number] - group.num_rows))
 
-    def _read(self, number: int) -> pyarrow.ChunkedArray:
+    def _read(self, number: int) -> pyarrow.Table:
         with self._lock:
             if number not in self._cache:
-                self._cache[number] = read_row_group(self._groups[number])
+                self._cache[number] = read_row_group(self._groups[number], self._columns)
                 while (len(self._cache) > 1 and
-                       sum(column.nbytes for column in self._cache.values()) > self._cache_bytes):
+                       sum(table.nbytes for table in self._cache.values()) > self._cache_bytes):
                     self._cache.popitem(last=False)
             self._cache.move_to_end(number)
             return self._cache[number]
 
 
-def list_row_groups(path: pathlib.Path, recorded: FileDigest | None = None) -> list[RowGroup]:
+def list_row_groups(path: pathlib.Path, columns: Mapping[str, str],
+                    recorded: FileDigest | None = None) -> list[RowGroup]:
     """The row groups of a file that have rows.
 
-    Raises: ValueError if the file is broken, empty, not as recorded, or has no `conversation` column.
+    Raises: ValueError if the file is broken, empty, not as recorded, or has other columns.
     """
     if recorded and footer_sha256(path) != recorded.footer:
         raise ValueError(f"{path}: the footer is not the one that was recorded; {_FIX}")
-    with _open(path) as file:
-        field = file.schema_arrow.field(COLUMN) if COLUMN in file.schema_arrow.names else None
-        if field is None:
-            raise ValueError(f"{path}: no column {COLUMN!r}; it has {file.schema_arrow.names}")
-        if not (pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)):
-            raise ValueError(f"{path}: column {COLUMN!r} holds {field.type}; expected JSON strings")
+    with open_parquet(path) as file:
+        schema = file.schema_arrow
+        for name, wanted in columns.items():
+            index = schema.get_field_index(name)  # -1 also if two have the name
+            if index < 0:
+                raise ValueError(f"{path}: no column {name!r}; it has {schema.names}")
+            if (found := _type_name(schema.field(index).type)) != wanted:
+                raise ValueError(f"{path}: column {name!r} holds {found}; expected {wanted}")
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-        counts = [group.num_rows for group in groups]
-        sizes = [group.total_byte_size for group in groups]
+        counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
+    if min(counts, default=0) < 0:
+        raise ValueError(f"{path}: the footer is damaged (a row group of {min(counts)} rows)")
     if sum(counts) == 0:
         raise ValueError(f"{path}: the parquet file has no rows")
-    if recorded and len(recorded.groups) != len(groups):
-        raise ValueError(f"{path}: {len(groups)} row groups, but {len(recorded.groups)} are recorded; {_FIX}")
+    if recorded and len(recorded.groups) != len(counts):
+        raise ValueError(f"{path}: {len(counts)} row groups, but {len(recorded.groups)} are recorded; {_FIX}")
     starts = itertools.accumulate(counts, initial=0)
     return [RowGroup(path, i, start, count, num_bytes, recorded.groups[i] if recorded else "")
             for i, (start, count, num_bytes) in enumerate(zip(starts, counts, sizes)) if count]
 
 
-def read_row_group(group: RowGroup) -> pyarrow.ChunkedArray:
-    """The conversations of a row group. Raises: ValueError if it is damaged or not as recorded."""
+def read_row_group(group: RowGroup, columns: Mapping[str, str]) -> pyarrow.Table:
+    """A row group's columns, in this order. Raises: ValueError if it is damaged or not as recorded."""
     rows = f"{group.file}: rows {group.first_row} to {group.first_row + group.num_rows - 1}"
     # Opened anew each time: thousands of files would exhaust the file descriptors.
-    with _open(group.file) as file:
+    with open_parquet(group.file) as file:
         if group.sha256 and group_sha256(group.file, file.metadata, group.index) != group.sha256:
             raise ValueError(f"{rows} are damaged (not what was recorded); {_FIX}")
         try:
-            column = file.read_row_group(group.index, columns=[COLUMN]).column(0)
+            table = file.read_row_group(group.index, columns=list(columns)).select(list(columns))
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{rows} are damaged ({error}); restore the file or build it again") from error
-    if len(column) != group.num_rows:
-        raise ValueError(f"{rows} are damaged ({len(column)} of {group.num_rows} can be read); {_FIX}")
-    return column
+    if len(table) != group.num_rows:
+        raise ValueError(f"{rows} are damaged ({len(table)} of {group.num_rows} can be read); {_FIX}")
+    return table
 
 
-def row_text(column: pyarrow.ChunkedArray, group: RowGroup, offset: int) -> Row:
-    """A row of a row group. Raises: ValueError if it is null or no Unicode."""
+def read_row(table: pyarrow.Table, group: RowGroup, offset: int) -> Row:
+    """A row of a row group. Raises: ValueError if a text of it is no Unicode."""
     place = f"{group.file} row {group.first_row + offset}"
     try:
-        text = column[offset].as_py()
+        return Row(tuple(column[offset].as_py() for column in table.columns), place)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: the {COLUMN} is damaged (not UTF-8: {error.reason})") from error
-    if text is None:
-        raise ValueError(f"{place}: the {COLUMN} is null")
-    return Row(text, place)
+        raise ValueError(f"{place}: the text is damaged (not UTF-8: {error.reason})") from error
 
 
-def _open(path: pathlib.Path) -> pyarrow.parquet.ParquetFile:
+def open_parquet(path: pathlib.Path) -> pyarrow.parquet.ParquetFile:
+    """Reads the footer; pages will be checked. Raises: ValueError naming the file if it is broken."""
     try:
-        return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError) as error:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        "".join(file.schema_arrow.names)  # names that are no Unicode raise when they are asked for
+        return file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _type_name(type: pyarrow.DataType) -> str:
+    """As in `columns`: one name for types that hold the same values."""
+    if pyarrow.types.is_list(type) or pyarrow.types.is_large_list(type):
+        return f"list<{_type_name(type.value_type)}>"
+    return str(type).removeprefix("large_")

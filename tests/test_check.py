@@ -14,6 +14,8 @@ from data_pipelines.config import GroupConfig
 from data_pipelines.conversion import convert
 from data_pipelines.digests import DIGESTS
 from data_pipelines.layout import find_groups
+from data_pipelines.pipeline import Packs
+from kind_cases import KINDS, picture, write_kinds, write_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = data_config(groups=(GroupConfig("full"), GroupConfig("think")))
@@ -131,6 +133,75 @@ def test_planted_faults_of_a_built_data_set(copy):
     assert any(f"lists {shards[1].name}, which does not exist" in fault for fault in faults(copy / "built"))
 
 
+@pytest.mark.parametrize("is_configured", [True, False])
+def test_bagels_own_kinds(tmp_path, is_configured):
+    """Told by the configuration, or by columns and JSONL."""
+    groups = write_kinds(tmp_path)
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    config = data_config(source=str(tmp_path), groups=groups if is_configured else (GroupConfig("other"),))
+    wish = Wish(config, str(tmp_path / "tokenizer.json"), write=True)
+    found = check(tmp_path, wish, workers=1)
+    assert list(found) == [f"train/{kind}" for kind in sorted(KINDS)]
+    for kind in KINDS:
+        counts = found[f"train/{kind}"].counts
+        assert not found[f"train/{kind}"].faults and counts["records"] == 12 and counts["images"] >= 12
+        assert (counts["vit"] > 0) == (kind != "text_to_image")
+        assert (counts["latent"] > 0) == (kind != "vision_language")
+    assert not check(tmp_path, wish._replace(write=False), workers=1)["train/editing"].faults
+
+
+def test_planted_faults_of_bagels_own_kinds(tmp_path):
+    write_kinds(tmp_path, count=1)
+    folders = {kind: tmp_path / "train" / kind for kind in KINDS}
+    good, cut = picture(20, 20), picture(20, 20)[:60]
+    write_table(folders["text_to_image"] / "a.parquet", {
+        "image": [good, cut, good, None], "captions": ["{", '{"a": "b"}', '{"a": " "}', '{"a": "b"}']})
+    write_table(folders["editing"] / "a.parquet", {
+        "image_list": [[good], [good, cut], [good, good]], "instruction_list": [[["a"]], [["a"]], [[], ["b"]]]})
+    lines = ["{", '{"conversations": [{"from": "bot", "value": "a"}]}', '{"conversations": []}',
+             '{"image": "../a.png", "conversations": [{"from": "human", "value": "<image>"}]}',
+             '{"image": "cut.png", "conversations": [{"from": "human", "value": "<image>"},'
+             ' {"from": "gpt", "value": "a"}]}']
+    (folders["vision_language"] / "a.jsonl").write_text("\n".join(lines))
+    (folders["vision_language"] / "images" / "cut.png").write_bytes(cut)
+    wanted = {
+        "text_to_image": ["row 0, captions: the value is not JSON", "row 1, image: the image does not decode",
+                          "row 2, caption 'a': the text is empty", "row 3, image: an image must be bytes"],
+        "editing": ["row 0, image_list: an editing record needs", "row 1, image 1: the image does not decode",
+                    "row 2, instruction_list: 2 images need 1 lists"],
+        "vision_language": ["line 1: the line is not JSON", "line 2, turn 0: unknown role 'bot'",
+                            "line 3: conversations must be a list",
+                            "line 4, image 0 ('../a.png'): the path must",
+                            "line 5, image 0 ('cut.png'): the image does not decode"]}
+    found = check(tmp_path, Wish(CONFIG, write=True), workers=1)
+    for kind, sentences in wanted.items():
+        faults = found[f"train/{kind}"].faults
+        assert len(faults) == len(sentences), faults
+        for fault, sentence in zip(faults, sentences, strict=True):
+            assert fault.startswith(f"{folders[kind]}/a.") and sentence in fault
+    assert not found["train/conversation"].faults and not (tmp_path / DIGESTS).exists()
+
+
+def test_bit_flips_of_bagels_own_kinds_are_found_by_check_and_training(tmp_path):
+    groups = write_kinds(tmp_path)
+    assert not any(each.faults for each in check(tmp_path, Wish(CONFIG, write=True), workers=1).values())
+    for group in groups[1:]:
+        file = next((tmp_path / "train" / group.name).glob("a.*"))
+        sound = file.read_bytes()
+        flip(file, 9)
+        (faults,) = (each.faults for each in look(tmp_path).values() if each.faults)
+        assert len(faults) == 1 and str(file) in faults[0] and "damaged" in faults[0]
+        with pytest.raises(ValueError, match=f"{file.name}.*damaged"):
+            Packs(data_config(source=str(tmp_path), groups=(group,)), tokenizer())
+        file.write_bytes(sound)
+    # A group whose files are not those of its kind is a fault, not a crash.
+    swapped = data_config(groups=(GroupConfig("editing", kind="vision_language"),
+                                  GroupConfig("vision_language", kind="editing")))
+    found = check(tmp_path, Wish(swapped), workers=1)
+    assert "which is read from JSONL" in found["train/editing"].faults[0]
+    assert "which is read from parquet" in found["train/vision_language"].faults[0]
+
+
 def test_digests_are_renewed_on_purpose(tmp_path):
     write_data_set(tmp_path, counts={"full": 8})
     look(tmp_path, write=True)
@@ -152,6 +223,9 @@ def test_headers_alone_are_quicker_and_see_less(tmp_path):
     (["full/a.parquet", "think/part1/a.parquet"], ["full", "think"]),
     (["train/full/part1/a.parquet"], ["train/full"]),
     (["full/a.parquet", ".old.partial/full/a.parquet"], ["full"]),
+    (["full/a.parquet", "vlm/a.jsonl", "vlm/images/b.jsonl", "prompts.jsonl"], ["full", "vlm"]),
+    (["train/vlm/a.jsonl", "train/vlm/images/x/a.parquet"], ["train/vlm"]),
+    (["full/a.parquet", "full/notes.jsonl", "full/part1/notes.jsonl"], ["full"]),
     (["train/full/dataset_info.json", "train/think/dataset_info.json"], ["train/full", "train/think"]),
 ])
 def test_layouts(tmp_path, files, groups):
@@ -159,6 +233,16 @@ def test_layouts(tmp_path, files, groups):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     assert [group.path for group in find_groups(tmp_path)] == groups
+
+
+def test_a_mode_may_be_a_link(tmp_path):
+    write_data_set(tmp_path / "disk", counts={"full": 2})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "disk" / "train")
+    assert look(tmp_path / "data")["train/full"].counts["records"] == 2
+    (tmp_path / "data" / "train").unlink()
+    (tmp_path / "data" / "full").symlink_to(tmp_path / "disk" / "train" / "full")
+    assert look(tmp_path / "data")["full"].counts["records"] == 2
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -9,30 +9,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_cases import conversation, data_config, encode_image, tokenizer, write_rows
+from data_cases import data_config, tokenizer
 from data_pipelines.config import GroupConfig
 from data_pipelines.datasets import open_source
-from data_pipelines.digests import DIGESTS, parquet_digest
+from data_pipelines.digests import DIGESTS, file_digest
 from data_pipelines.lines import JsonLines
 from data_pipelines.pipeline import Packs
-from data_pipelines.tables import ParquetTable
+from data_pipelines.sources import ParquetRows
+from kind_cases import KINDS, write_kinds, write_table
 
-KINDS = ("conversation", "text_to_image", "editing", "vision_language")
 CAPTIONS = '{"a": "a cat"}'
-
-
-def picture(height: int, width: int) -> bytes:
-    return encode_image(np.full((height, width, 3), 7, np.uint8))
-
-
-def write_table(path: pathlib.Path, rows: dict[str, list], *, types: dict[str, pyarrow.DataType] | None = None,
-                write_page_checksum: bool = True) -> None:
-    types = types or {"image": pyarrow.binary(), "captions": pyarrow.string(),
-                      "image_list": pyarrow.list_(pyarrow.binary()),
-                      "instruction_list": pyarrow.list_(pyarrow.list_(pyarrow.string()))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = pyarrow.table({name: pyarrow.array(values, types[name]) for name, values in rows.items()})
-    pyarrow.parquet.write_table(table, path, row_group_size=2, write_page_checksum=write_page_checksum)
 
 
 def test_lines_in_any_order_from_any_thread(tmp_path):
@@ -76,9 +62,8 @@ def test_rows_of_any_columns_and_their_places(tmp_path):
     texts = [[["x"]], None, [[]], [["y", None]], []]
     for name, rows in (("a.parquet", slice(3)), ("sub/b.parquet", slice(3, None))):
         write_table(tmp_path / name, {"image_list": images[rows], "instruction_list": texts[rows]})
-    table = ParquetTable(tmp_path, {"image_list": "list<binary>", "instruction_list": "list<list<string>>"})
-    assert [table[i].values["image_list"] for i in range(len(table))] == images
-    assert [table[i].values["instruction_list"] for i in range(len(table))] == texts
+    table = ParquetRows(tmp_path, {"instruction_list": "list<list<string>>", "image_list": "list<binary>"})
+    assert [table[i].values for i in range(len(table))] == list(zip(texts, images))  # in the order asked for
     assert table[2].place == f"{tmp_path}/a.parquet row 2"
     assert table[3].place == f"{tmp_path}/sub/b.parquet row 0"
 
@@ -91,14 +76,14 @@ def test_one_flipped_byte_of_a_table_is_noticed(tmp_path, how):
     write_table(path, {"image": [row.tobytes() for row in pixels], "captions": [CAPTIONS] * 4},
                 write_page_checksum=how == "page checksums")
     if how == "recorded digests":
-        digest = parquet_digest(path)._asdict()
+        digest = file_digest(path)._asdict()
         (tmp_path / DIGESTS).write_text(json.dumps({"files": {path.name: digest}}))
-    content, rows, noticed = path.read_bytes(), [ParquetTable(tmp_path, columns)[i] for i in range(4)], 0
+    content, rows, noticed = path.read_bytes(), [ParquetRows(tmp_path, columns)[i] for i in range(4)], 0
     places = range(4, len(content), 7)
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ 0x80]) + content[place + 1:])
         try:
-            table = ParquetTable(tmp_path, columns)
+            table = ParquetRows(tmp_path, columns)
             assert [table[i] for i in range(4)] == rows, f"byte {place}"
         except ValueError as error:
             assert "a.parquet" in str(error)
@@ -119,29 +104,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
     table = pyarrow.table({"image": pyarrow.array([b"p"]), "captions": broken})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet row 0: the text is damaged .not UTF-8"):
-        ParquetTable(tmp_path, {"image": "binary", "captions": "string"})[0]
-
-
-def write_kinds(source: pathlib.Path, *, count: int = 12) -> tuple[GroupConfig, ...]:
-    """A group of each kind, named as its kind."""
-    rng = np.random.default_rng(0)
-    draw_picture = lambda: picture(*rng.integers(16, 60, 2))
-    folders = {kind: source / "train" / kind for kind in KINDS}
-    write_rows(folders["conversation"] / "a.parquet", [conversation(rng, "improving") for _ in range(count)])
-    write_table(folders["text_to_image"] / "a.parquet", {
-        "image": [draw_picture() for _ in range(count)],
-        "captions": [json.dumps({"short": "red", "long": f"a red circle {i}"}) for i in range(count)]})
-    lengths = rng.integers(2, 5, count).tolist()
-    write_table(folders["editing"] / "a.parquet", {
-        "image_list": [[draw_picture() for _ in range(length)] for length in lengths],
-        "instruction_list": [[["red", "in red"]] * (length - 1) for length in lengths]})
-    (folders["vision_language"] / "images").mkdir(parents=True)
-    with open(folders["vision_language"] / "a.jsonl", "w") as file:
-        for i in range(count):
-            (folders["vision_language"] / "images" / f"{i}.png").write_bytes(draw_picture())
-            turns = [{"from": "human", "value": "<image>what?"}, {"from": "gpt", "value": f"circle {i}"}]
-            file.write(json.dumps({"image": f"{i}.png", "conversations": turns}) + "\n")
-    return tuple(GroupConfig(kind, kind=kind) for kind in KINDS)
+        ParquetRows(tmp_path, {"image": "binary", "captions": "string"})[0]
 
 
 def test_sources_of_every_kind(tmp_path):

@@ -13,7 +13,7 @@ from data_cases import conversation, data_config, write_data_set, write_rows
 from data_pipelines.check import Wish, check
 from data_pipelines.config import GroupConfig
 from data_pipelines.datasets import open_source
-from data_pipelines.digests import DIGESTS, MANIFEST, file_sha256, read_recorded, source_digest
+from data_pipelines.digests import DIGESTS, MANIFEST, file_sha256, read_recorded
 from data_pipelines.sources import ParquetRows
 
 WISH = Wish(data_config())
@@ -117,10 +117,10 @@ def test_a_manifest_is_enough_for_the_digest(tmp_path):
 def test_without_records_names_sizes_and_times_count(plain):
     folder = plain / "think"
     files = sorted(folder.iterdir())
-    before = source_digest(folder, files)
-    assert source_digest(folder, files) == before
+    before = read_recorded(folder, files).content
+    assert read_recorded(folder, files).content == before
     files[0].touch()
-    assert source_digest(folder, files) != before
+    assert read_recorded(folder, files).content != before
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -128,7 +128,7 @@ def test_without_records_names_sizes_and_times_count(plain):
     (lambda data: shutil.copy(data / "think" / "0.parquet", data / "think" / "2.parquet"),
      "2.parquet is not listed in"),
     (lambda data: (data / DIGESTS).write_text("{"), "digests.json cannot be read"),
-    (lambda data: (data / DIGESTS).write_text('{"files": {"think/0.parquet": {}}}'), "no digests of parquet"),
+    (lambda data: (data / DIGESTS).write_text('{"files": {"think/0.parquet": {}}}'), "no digests of files"),
 ])
 def test_files_that_are_not_as_recorded_are_named(plain, spoil, message):
     record(plain)

@@ -93,7 +93,7 @@ def test_rows_in_any_order_and_their_places(tmp_path):
     assert len(source) == 10
     for i in np.random.default_rng(0).permutation(10):
         file, row = (first, i) if i < 7 else (second, i - 7)
-        assert source[i] == (rows[i], f"{file} row {row}")
+        assert source[i] == ((rows[i],), f"{file} row {row}") and source[i].text == rows[i]
     with pytest.raises(IndexError):
         source[10]
 
@@ -140,5 +140,6 @@ def test_null_rows_are_named(tmp_path):
     import pyarrow.parquet
     table = pyarrow.table({"conversation": pyarrow.array(["a", None], pyarrow.string())})
     pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
+    row = ParquetRows(tmp_path)[1]
     with pytest.raises(ValueError, match="0.parquet row 1: the conversation is null"):
-        ParquetRows(tmp_path)[1]
+        parse_conversation(row.text, mode="full", place=row.place)
