@@ -14,6 +14,7 @@ from typing import NamedTuple
 _CAUSES = {
     "json": r"is not JSON|conversation is null",
     "role": r"unknown role",
+    "flag": r"none of the flags|unknown flag|need_\w+ is .*use true or false",
     "length": r"fits no pack",
     "size": r"is over (max_|the limit)|image over the limit|position table",
     "text": r"text is empty",

@@ -8,7 +8,7 @@ import numpy as np
 from data_pipelines import images
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.records import ImagePart, Limits, Record, parse_conversation
-from data_pipelines.samples import measure
+from data_pipelines.samples import check_flags, measure
 from data_pipelines.tokenizer import Tokenizer
 
 
@@ -29,21 +29,18 @@ def limits_of(config: DataConfig) -> Limits:
 
 
 def find_faults(record: Record, config: DataConfig, *, decode: bool = True) -> list[str]:
-    """A sentence for every image that cannot be used.
+    """A sentence for everything that is wrong with an image.
 
     Args: decode reads the pixels; without, the header alone.
     """
     faults, read = [], images.decode_image if decode else images.image_size
+    read_part = lambda part: read(part.data, where=part.place, max_pixels=config.max_image_pixels)
     for part in record.parts:
-        if not isinstance(part, ImagePart):
-            continue
-        if not (part.need_loss or part.need_vae or part.need_vit):
-            faults.append(f"{part.place}: the image has none of the flags need_loss, need_vae and need_vit, so "
-                          "it would enter nowhere; set one, or remove the part")
-        try:
-            read(part.data, where=part.place, max_pixels=config.max_image_pixels)
-        except ValueError as error:
-            faults.append(str(error))
+        for look in (check_flags, read_part) if isinstance(part, ImagePart) else ():
+            try:
+                look(part)
+            except ValueError as error:
+                faults.append(str(error))
     return faults
 
 

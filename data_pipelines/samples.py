@@ -90,11 +90,21 @@ def unfold(record: Record) -> Iterator[tuple[Kind, TextPart | ImagePart]]:
             yield Kind.VIT, part
 
 
+def check_flags(part: TextPart | ImagePart) -> None:
+    """Raises: ValueError if it is an image without a flag, which the original passes over in silence."""
+    if isinstance(part, ImagePart) and not (part.need_loss or part.need_vae or part.need_vit):
+        raise ValueError(f"{part.place}: the image has none of the flags need_loss, need_vae and need_vit, so it "
+                         "would enter nowhere; set one, or remove the part")
+
+
 def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: GroupConfig) -> np.ndarray:
     """int32 [items, 5]: kind and the four fields of `Cost`, from texts and image headers alone.
 
-    Raises: ValueError naming the part whose image cannot be read or outgrows its position table.
+    Raises: ValueError naming the part whose image cannot be read, outgrows its position table or enters
+        nowhere.
     """
+    for part in record.parts:
+        check_flags(part)
     rows, num_images = [], _sharers(record, group)
     for kind, part in unfold(record):
         if kind == Kind.TEXT:

@@ -30,6 +30,8 @@ PIXELS = with_image(encode_image(NOISE)[:1500])     # whole header, broken pixel
 BROKEN = {                                         # cause -> a record, and what is said of it
     "json": ("[{", "row 4: the conversation is not JSON"),
     "role": ([{"role": "poet", "content": "x"}], "row 4, turn 0: unknown role 'poet'"),
+    "flag": ([{"role": "assistant", "content": [{**HEADER[1]["content"][0], "need_loss": False}]}],
+             "row 4, turn 0, part 0: the image has none of the flags"),
     "form": ([{"role": "user"}], "row 4, turn 0: a turn must be"),
     "image": (HEADER, "row 4, turn 1, part 0: not a readable PNG"),
     "size": (with_image(encode_image(np.zeros((8, 600, 3), np.uint8))), "row 4, turn 1, part 0: .*4096 pixels"),
@@ -64,6 +66,14 @@ def test_every_cause_is_told_counted_and_ends_a_run_that_allows_none(tmp_path, c
 def test_damage_is_a_cause_and_all_causes_are_tried():
     assert find_cause("a.parquet: rows 0 to 3 are damaged (hash); restore the file") == "damage"
     assert set(BROKEN) | {"damage"} == set(CAUSES)
+
+
+@pytest.mark.parametrize("sentence, cause", [
+    ("a row 1, turn 0: unknown flag 'need_los'; use need_loss", "flag"),
+    ("a row 1, turn 0: need_vae is 'yes'; use true or false", "flag"),
+    ("a row 1, turn 0: unknown part type 'video'; use text or image", "form")])
+def test_what_is_no_flag_is_no_cause_of_flags(sentence, cause):
+    assert find_cause(sentence) == cause
 
 
 def test_an_oversize_record_may_be_dropped_at_will(tmp_path):
