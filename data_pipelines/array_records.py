@@ -11,7 +11,7 @@ import json
 import pathlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from array_record.python import array_record_module
 from data_pipelines.digests import read_recorded
 from data_pipelines.layout import INFO, SPLIT, TYPES
 from data_pipelines.records import ImagePart, Limits, Record, TextPart, image_part, text_part
+from data_pipelines.staging import fetch, find_origin
 from data_pipelines.stored_costs import load_costs
 
 _OPEN_FILES = 32  # ArrayRecord readers kept open
@@ -36,9 +37,10 @@ class ArrayRecordSource:
         Raises: ValueError naming what is missing, not as the manifest says, or of another form.
         """
         self.folder, self._mode, self._limits = pathlib.Path(folder), mode, limits
+        self._staged = find_origin(self.folder.absolute())
         present = sorted(path for path in self.folder.iterdir() if path.is_file())
-        self.digest = read_recorded(self.folder, present, suffix="").content
-        self.files, lengths = list_shards(self.folder)
+        self.digest = read_recorded(self.folder, present, suffix="", may_lack=self._staged is not None).content
+        self.files, lengths = list_shards(self.folder, may_lack=self._staged is not None)
         self._ends = list(itertools.accumulate(lengths))
         self._readers: OrderedDict[int, array_record_module.ArrayRecordReader] = OrderedDict()
         self._lock = threading.Lock()
@@ -47,12 +49,21 @@ class ArrayRecordSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect.bisect_right(self._ends, index)
+        number = self._find(index)
         row = index - (self._ends[number - 1] if number else 0)
         return read_record(self._reader(number), row, mode=self._mode, limits=self._limits,
                            place=f"{self.files[number]} record {row}")
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Brings the files of these records to this host, if the data set was staged without them."""
+        if self._staged:
+            fetch(self._staged, {self.files[self._find(index)].absolute() for index in indices})
+
+    def _find(self, index: int) -> int:
+        """The number of the file that has a record."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return bisect.bisect_right(self._ends, index)
 
     def stored_costs(self, key: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
         """int32 [M, 5] and int64 [R + 1], the rows of `CostTable`; None if they were measured otherwise.
@@ -67,6 +78,7 @@ class ArrayRecordSource:
         with self._lock:
             if number not in self._readers:
                 first = self._ends[number - 1] if number else 0
+                self.fetch([first])
                 self._readers[number] = open_shard(self.files[number], length=self._ends[number] - first)
                 if len(self._readers) > _OPEN_FILES:
                     self._readers.popitem(last=False)
@@ -78,9 +90,10 @@ class ArrayRecordSource:
 _READ_ERRORS = (RuntimeError, ValueError, IndexError, KeyError, TypeError, OSError)
 
 
-def list_shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
+def list_shards(folder: pathlib.Path, *, may_lack: bool = False) -> tuple[list[pathlib.Path], list[int]]:
     """Files of a data set in order, and how many records each has.
 
+    Args: may_lack: files may be absent.
     Raises: ValueError if the folder holds no data set of ours.
     """
     import tensorflow_datasets as tfds  # half a second that only its data sets should cost
@@ -95,7 +108,7 @@ def list_shards(folder: pathlib.Path) -> tuple[list[pathlib.Path], list[int]]:
                          "restore it, or build the data set again") from error
     if info.features.get_serialized_info() != _features().get_serialized_info():
         raise ValueError(f"{folder} is a TFDS data set with other features than `data_pipelines.build` writes")
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [] if may_lack else [path.name for path in files if not path.is_file()]
     if missing or not sum(lengths):
         raise ValueError(f"{folder} lacks {', '.join(missing) or 'records'}; restore it, or build it again")
     return files, lengths

@@ -106,6 +106,7 @@ class DataConfig:
     cache_mib: int = 256               # of parquet row groups kept in memory, for each group
     index_dir: str = ""                # keeps cost tables and plan between runs; "" for nowhere
     stage_dir: str = ""                # `source` is copied here before the start; "" reads it in place
+    stage_steps: int = 0               # copy of shards only what a host reads in so many steps; 0: all
     accept_changed_data: bool = False  # resume although what decides the batches has changed
 
     def __post_init__(self):
@@ -113,12 +114,15 @@ class DataConfig:
             "packs_per_step", "text_tokens", "max_tokens_per_record", "lookahead", "patience",
             "latent_patch", "vit_patch", "max_latent_size", "vit_max_side", "max_text_chars",
             "max_image_bytes", "max_image_pixels", "read_threads", "prefetch", "cache_mib"))
-        for name in ("vit_tokens", "latent_tokens", "images", "mixture_slack", "seed", "workers"):
+        for name in ("vit_tokens", "latent_tokens", "images", "mixture_slack", "seed", "workers",
+                     "stage_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative")
         for name in ("text_dropout", "vit_dropout", "vae_dropout", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")
+        if self.stage_steps and not self.stage_dir:
+            raise ValueError(f"stage_steps is {self.stage_steps}, but stage_dir is empty; name the folder")
         names = [group.name for group in self.groups]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"groups are {names}; name at least one group, and each once")
@@ -279,6 +283,7 @@ class BuildConfig:
     seed: int = 0
     side: int = 64                  # pixels of the square images
     num_heldout_prompts: int = 300
+    drafts: str = ""                # of `python -m irg_jax.draft`: first images of improving records; "": rendered
     rows_per_file: int = 1000
     rows_per_group: int = 16        # small row groups keep random access cheap
 

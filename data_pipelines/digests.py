@@ -49,23 +49,24 @@ class Recorded(NamedTuple):
 
 
 def read_recorded(folder: str | pathlib.Path, files: Sequence[pathlib.Path], *, suffix: str = ".parquet",
-                  digests: str | pathlib.Path = "") -> Recorded:
+                  digests: str | pathlib.Path = "", may_lack: bool = False) -> Recorded:
     """Looks the files of a group up in the manifest and the digests of its data set.
 
     Args:
         folder: holds the files, at any depth.
         suffix: ends the names of all such files, also of those that should be there.
         digests: a file in the form of digests.json that lies elsewhere.
+        may_lack: files may be listed but absent; they come when they are needed.
     Raises: ValueError if a file is not listed, is listed but absent, or has another size.
     """
-    recorded = compare_recorded(folder, files, suffix=suffix, digests=digests)
+    recorded = compare_recorded(folder, files, suffix=suffix, digests=digests, may_lack=may_lack)
     if recorded.faults:
         raise ValueError(recorded.faults[0])
     return recorded
 
 
 def compare_recorded(folder: str | pathlib.Path, files: Sequence[pathlib.Path], *, suffix: str = ".parquet",
-                     digests: str | pathlib.Path | None = "") -> Recorded:
+                     digests: str | pathlib.Path | None = "", may_lack: bool = False) -> Recorded:
     """As `read_recorded`, but every file that is not as recorded is in `faults`.
 
     Args: digests may be None: the manifest alone is looked at.
@@ -75,14 +76,15 @@ def compare_recorded(folder: str | pathlib.Path, files: Sequence[pathlib.Path], 
     below = [(home, depth) for depth, home in enumerate((folder, *folder.parents)[:_LEVELS])]
     manifest, place = _entries([(home / MANIFEST, depth) for home, depth in below], folder, suffix)
     sizes, _ = _entries([place], folder, suffix, field="sizes")
-    faults = _compare_sizes(place[0], {name: sizes.get(name) for name in manifest}, names)
+    faults = _compare_sizes(
+        place[0], {name: sizes.get(name) for name in manifest if not may_lack or name in names}, names)
     places = [(pathlib.Path(digests), depth) for _, depth in reversed(below)] if digests else [
         (home / DIGESTS, depth) for home, depth in below]
     listed, (path, _) = _entries([] if digests is None else places, folder, suffix)
     parquet = {name: _as_digest(entry, path) for name, entry in listed.items()}
     faults += _compare_sizes(path, {name: digest.size for name, digest in parquet.items()}, names)
     entries = manifest or parquet  # the manifest first: recording digests later changes nothing
-    content = _sha256([[name, entries.get(name)] for name in sorted(names)]) if entries else _stat_digest(files)
+    content = _sha256(sorted(map(list, entries.items()))) if entries else _stat_digest(files)
     return Recorded(content, parquet, manifest, tuple(faults))
 
 

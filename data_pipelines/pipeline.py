@@ -15,7 +15,7 @@ import logging
 import operator
 import pathlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from data_pipelines.moments import Moments, describe
 from data_pipelines.packing import assemble, empty_pack
 from data_pipelines.planning import Entry, Planner
 from data_pipelines.samples import Cost, Item, realise
-from data_pipelines.staging import stage
+from data_pipelines.staging import stage_mixture
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import explain_death, prefetch
 
@@ -94,6 +94,16 @@ class Packs:
         batch = assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout,
                          into=into)
         return Loaded(batch, tuple(faults))
+
+    def fetch(self, indices: Iterable[int]) -> None:
+        """Brings what these packs are planned to read to this host, where a source was staged in part."""
+        records: dict[str, set[int]] = {name: set() for name in self._sources}
+        for index in indices:
+            for entry in self.planner[index].entries:
+                records[entry.group].add(entry.index)
+        for name, source in self._sources.items():
+            if hasattr(source, "fetch"):
+                source.fetch(records[name])
 
     def empty(self, count: int) -> PackedBatch:
         """`count` packs of nothing but padding."""
@@ -157,11 +167,15 @@ class Share:
         return _ENDLESS
 
     def __getitem__(self, step: int) -> Loaded:
-        first = step * self._all + self._first
         batch, faults = self._packs.empty(self._count), []
-        for i in range(self._count):
-            faults += self._packs.load(first + i, _map_arrays(operator.itemgetter(i), batch)).faults
+        for i, index in enumerate(self.indices(step)):
+            faults += self._packs.load(index, _map_arrays(operator.itemgetter(i), batch)).faults
         return Loaded(batch, tuple(faults))
+
+    def indices(self, step: int) -> range:
+        """The packs of a step that are this process's."""
+        first = step * self._all + self._first
+        return range(first, first + self._count)
 
 
 class BatchIterator:
@@ -254,13 +268,15 @@ def make_iterator(config: DataConfig, tokenizer: Tokenizer, *, start: int = 0,
                   process_index: int = 0, process_count: int = 1) -> BatchIterator:
     """Opens the data set and returns the batches of one process from step `start` on.
 
-    With `stage_dir`, the data set is copied there first.
+    With `stage_dir`, the data set is copied there first, see `staging`.
 
     Raises: ValueError if packs_per_step does not divide by process_count, or if the data are bad.
     """
     if config.stage_dir:
-        config = replace(config, source=str(stage(config.source, config.stage_dir)))
+        config = replace(config, source=str(stage_mixture(config)))
     packs = Packs(config, tokenizer, keep_journal=process_index == 0)
+    share = Share(packs, process_index=process_index, process_count=process_count)
+    packs.fetch(index for step in range(start, start + config.stage_steps) for index in share.indices(step))
     return BatchIterator(packs, start=start, process_index=process_index, process_count=process_count)
 
 

@@ -93,8 +93,8 @@ def unfold(record: Record) -> Iterator[tuple[Kind, TextPart | ImagePart]]:
 def check_flags(part: TextPart | ImagePart) -> None:
     """Raises: ValueError if it is an image without a flag, which the original passes over in silence."""
     if isinstance(part, ImagePart) and not (part.need_loss or part.need_vae or part.need_vit):
-        raise ValueError(f"{part.place}: the image has none of the flags need_loss, need_vae and need_vit, so it "
-                         "would enter nowhere; set one, or remove the part")
+        raise ValueError(f"{part.place}: the image has none of the flags need_loss, need_vae and need_vit, so "
+                         "it would enter nowhere; set one, or remove the part")
 
 
 def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: GroupConfig) -> np.ndarray:

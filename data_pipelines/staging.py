@@ -2,10 +2,12 @@
 
     python -m data_pipelines.staging --source gs://bucket/irgl --out /mnt/disk/irgl
 
-or `data.stage_dir` in a training config, which does the same on every host at its start. Records are
-shuffled over the whole mixture and any of them may be planned for any host, so every host stages all
-files: a share of the files would not hold a host's share of the packs. Where a disk is too small for
-that, leave `stage_dir` empty and read the mounted bucket in place.
+or `data.stage_dir` in a training config, with which every host at its start copies the groups of its
+mixture. With `data.stage_steps` too, a host plans that many steps and copies of a built data set only the
+shards that hold records of its own packs. Records are shuffled, so a shard of many records is soon wanted
+by every host: build small ones (`--shard_mib`) to have a share worth the name. A shard that is wanted
+after all (later steps, a record in a broken one's place) is copied when it is first read. Where a disk is
+too small for that, leave `stage_dir` empty and read the mounted bucket in place.
 
 Every file is copied under a temporary name, compared with its size and, where the data set has a
 `manifest.json`, its sha256, and then renamed. Interrupted, the same call goes on with the files that
@@ -19,7 +21,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow
@@ -28,14 +30,35 @@ from pyarrow import fs
 from tqdm import tqdm
 
 from data_pipelines import command
-from data_pipelines.digests import MANIFEST
+from data_pipelines.config import DataConfig
+from data_pipelines.digests import MANIFEST, write_json
+from data_pipelines.layout import INFO
 
 _PIECE = 4 * 2**20  # bytes read at a time
+_LEVELS = 2         # a group's folder lies at most so far below its data set's
 _LOCK, _PARTIAL = ".staging.lock", ".staging.partial"
+_ORIGIN = ".staging.json"  # where a folder was staged from, for what is still missing
+_SHARD = ".array_record-"  # in the name of each shard of a built data set
 
 
-def stage(source: str, folder: str | pathlib.Path, *, threads: int = 8) -> pathlib.Path:
-    """Copies all files of `source` below `folder` and returns that.
+def stage_mixture(config: DataConfig) -> pathlib.Path:
+    """Copies the groups of a mixture to `stage_dir`; with `stage_steps`, built ones without their shards."""
+    groups = [pathlib.PurePosixPath(config.split, group.folder or group.name) for group in config.groups]
+
+    def is_wanted(name: str, files: Collection[str]) -> bool:
+        path = pathlib.PurePosixPath(name)
+        # Without a manifest, only the shards themselves would tell which data set this is.
+        is_built = MANIFEST in files and f"{path.parent}/{INFO}" in files
+        if config.stage_steps and is_built and _SHARD in path.name:
+            return False
+        # Of a group, or beside the folders that lead to it: manifests.
+        return any(path.is_relative_to(group) or group.is_relative_to(path.parent) for group in groups)
+    return stage(config.source, config.stage_dir, is_wanted=is_wanted)
+
+
+def stage(source: str, folder: str | pathlib.Path, *, threads: int = 8,
+          is_wanted: Callable[[str, Collection[str]], bool] = lambda name, files: True) -> pathlib.Path:
+    """Copies files of `source` below `folder` and returns that.
 
     Files that are there with the source's size and time are kept; times are copied, so that a staged
     data set is the same one on every host.
@@ -43,6 +66,7 @@ def stage(source: str, folder: str | pathlib.Path, *, threads: int = 8) -> pathl
     Args:
         source: a folder, or a URI that pyarrow reads, such as gs://bucket/folder.
         threads: files copied at once.
+        is_wanted: whether a file, by its name below `source`, of all its files, is copied now.
     Raises: ValueError if the source is absent or empty, a file fails its size or digest, the disk is
         too small, or `folder` holds files that the source does not have.
     """
@@ -52,37 +76,76 @@ def stage(source: str, folder: str | pathlib.Path, *, threads: int = 8) -> pathl
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         _check_strangers(folder, files, source)
-        missing = {name: info for name, info in files.items() if not _is_same(folder / name, info)}
-        total = sum(info.size for info in missing.values())
-        free = shutil.disk_usage(folder).free
-        if total > free:
-            raise ValueError(f"staging {source} takes {total / 2**30:.1f} GiB, but {folder} has "
-                             f"{free / 2**30:.1f} GiB left; use a larger disk, or read the mounted bucket "
-                             "without stage_dir")
-        with (tqdm(total=total, desc=f"staging {source}", unit="B", unit_scale=True, disable=None) as bar,
-              ThreadPoolExecutor(threads) as pool):
-            copies = [pool.submit(_copy, system, info, folder / name, digests.get(name), bar)
-                      for name, info in missing.items()]
-            try:
-                for copy in copies:
-                    copy.result()
-            except ValueError:
-                pool.shutdown(cancel_futures=True)
-                raise
+        write_json(folder / _ORIGIN, {"source": source if "://" in source else base})
+        # What is not wanted but there already may be wanted later, so it is kept as the source has it.
+        missing = {name: info for name, info in files.items() if not _is_same(folder / name, info)
+                   and (is_wanted(name, files.keys()) or (folder / name).exists())}
+        _copy_all(system, missing, folder, digests, source, threads)
     return folder
+
+
+def find_origin(folder: pathlib.Path) -> pathlib.Path | None:
+    """The staged data set that a group's `folder` is of, if files may come later; else None."""
+    homes = (folder, *folder.parents)[:1 + _LEVELS]
+    return next((home for home in homes if (home / _ORIGIN).is_file() and (home / MANIFEST).is_file()), None)
+
+
+def fetch(root: pathlib.Path, paths: Iterable[pathlib.Path], *, threads: int = 8) -> None:
+    """Copies those shards below a staged folder that are missing, from where the rest came.
+
+    Raises: ValueError as `stage` does.
+    """
+    missing = sorted({path for path in paths if not path.exists()})
+    if not missing:
+        return
+    source = json.loads((root / _ORIGIN).read_text(encoding="utf-8"))["source"]
+    system, base = _open(source)
+    digests = json.loads((root / MANIFEST).read_text(encoding="utf-8"))["files"]
+    with _alone(root):
+        names = [path.relative_to(root).as_posix() for path in missing if not path.exists()]
+        try:
+            infos = system.get_file_info([f"{base}/{name}" for name in names])
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"cannot read {source} ({error}); mount it, or correct its credentials") from error
+        _copy_all(system, dict(zip(names, infos)), root, digests, source, threads)
+
+
+def _copy_all(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], folder: pathlib.Path,
+              digests: Mapping[str, str], source: str, threads: int) -> None:
+    total, free = sum(info.size or 0 for info in files.values()), shutil.disk_usage(folder).free
+    if total > free:
+        raise ValueError(f"staging {source} takes {total / 2**30:.1f} GiB, but {folder} has "
+                         f"{free / 2**30:.1f} GiB left; use a larger disk, or read the mounted bucket "
+                         "without stage_dir")
+    with (tqdm(total=total, desc=f"staging {source}", unit="B", unit_scale=True, disable=None) as bar,
+          ThreadPoolExecutor(threads) as pool):
+        copies = [pool.submit(_copy, system, info, folder / name, digests.get(name), bar)
+                  for name, info in files.items()]
+        try:
+            for copy in copies:
+                copy.result()
+        except ValueError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _open(source: str) -> tuple[fs.FileSystem, str]:
+    """Raises: ValueError if pyarrow knows no such source."""
+    try:
+        system, base = (fs.FileSystem.from_uri(source) if "://" in source else
+                        (fs.LocalFileSystem(), os.path.abspath(source)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"cannot open {source} ({error}); correct the source, or its credentials") from error
+    return system, base.rstrip("/")
 
 
 def _list_files(source: str) -> tuple[dict[str, fs.FileInfo], str, fs.FileSystem]:
     """The files by their name below `source`, and where that is."""
+    system, base = _open(source)
     try:
-        if "://" in source:
-            system, base = fs.FileSystem.from_uri(source)
-        else:
-            system, base = fs.LocalFileSystem(), os.path.abspath(source)
         infos = system.get_file_info(fs.FileSelector(base, recursive=True))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"cannot list {source} ({error}); correct the source, or its credentials") from error
-    base = base.rstrip("/")
     files = {info.path[len(base) + 1:]: info for info in infos if info.type == fs.FileType.File}
     odd = [name for name in files if ".." in pathlib.PurePosixPath(name).parts]
     if odd or not files:
@@ -119,7 +182,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
 
 def _check_strangers(folder: pathlib.Path, files: Mapping[str, fs.FileInfo], source: str) -> None:
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    strangers = sorted(here - files.keys() - {_LOCK})
+    strangers = sorted(here - files.keys() - {_LOCK, _ORIGIN})
     if strangers:
         raise ValueError(f"{folder} holds {strangers[0]!r}, which {source} does not; stage into a folder of "
                          "its own")

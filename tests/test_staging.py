@@ -1,8 +1,10 @@
 """A local folder stands for the bucket: whole copies, verified, resumed, and nothing else touched."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ import pytest
 
 from data_cases import data_config, tokenizer, write_data_set
 from data_pipelines import staging
+from data_pipelines.config import GroupConfig
+from data_pipelines.conversion import convert
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.staging import stage
 
@@ -27,7 +31,7 @@ def bucket(tmp_path):
 
 def contents(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != ".staging.lock"}
+            if path.is_file() and not path.name.startswith(".staging.")}
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -119,3 +123,87 @@ def test_training_reads_the_staged_copy_and_gets_the_same_batches(bucket, tmp_pa
     assert place == str(tmp_path / "disk")
     expected, _ = first()
     assert (batch.text_ids == expected.text_ids).all() and (batch.latent_pixels == expected.latent_pixels).all()
+
+
+# ---- a host's share ---------------------------------------------------------------------------
+
+def test_only_the_groups_of_the_mixture_are_copied(tmp_path):
+    write_data_set(tmp_path / "bucket", counts={"full": 6, "think": 6, "improving": 6})
+    (tmp_path / "bucket" / "digests.json").write_text("{}")
+    (tmp_path / "bucket" / "heldout").mkdir()
+    (tmp_path / "bucket" / "heldout" / "a.parquet").write_bytes(b"not wanted")
+    config = data_config(source=str(tmp_path / "bucket"), stage_dir=str(tmp_path / "disk"),
+                         groups=(GroupConfig("full"), GroupConfig("reasons", folder="think")))
+    assert sorted(contents(staging.stage_mixture(config))) == [
+        "digests.json", "train/full/0000.parquet", "train/full/0001.parquet", "train/think/0000.parquet",
+        "train/think/0001.parquet"]
+    # Another mixture of the same bucket goes into the same folder.
+    staging.stage_mixture(dataclasses.replace(config, groups=(GroupConfig("improving"),)))
+    assert len(contents(tmp_path / "disk")) == 7
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A built data set of one group in 30 shards, and its configuration."""
+    folder = tmp_path_factory.mktemp("built")
+    write_data_set(folder / "source", counts={"full": 120})
+    tokenizer().save(str(folder / "tokenizer.json"))
+    config = data_config(source=str(folder / "bucket"), packs_per_step=2, prefetch=1, read_threads=1)
+    convert(folder / "source", out=folder / "bucket", config=config, tokenizer=str(folder / "tokenizer.json"),
+            workers=1, shard_mib=0)
+    assert len(shards(folder / "bucket")) == 30
+    return config
+
+
+def shards(folder) -> set[str]:
+    return {path.name for path in folder.rglob("*.array_record-*")}
+
+
+def digests(iterator, count) -> list[bytes]:
+    return [b"".join(array.tobytes() for array in (batch.text_ids, batch.latent_pixels))
+            for batch, _ in zip(iterator, range(count))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_host_copies_the_shards_of_its_own_packs(built, tmp_path, workers):
+    fields, shares = dict(workers=workers, prefetch=1 + workers), []
+    for host in range(2):
+        plain = make_iterator(built, tokenizer(), process_index=host, process_count=2)
+        config = dataclasses.replace(built, stage_dir=str(tmp_path / f"disk{host}"), stage_steps=5, **fields)
+        staged = make_iterator(config, tokenizer(), process_index=host, process_count=2)
+        source = staged.packs._sources["full"]
+        wanted = {source.files[source._find(entry.index)].name for step in range(5)
+                  for entry in staged.packs.planner[2 * step + host].entries}
+        found = shards(tmp_path / f"disk{host}")
+        # Workers may be ahead of step 5 already.
+        assert (found == wanted or (workers and found > wanted)) and len(wanted) < 30
+        assert staged.packs.fingerprint == plain.packs.fingerprint
+        assert digests(staged, 5) == digests(plain, 5) and shards(tmp_path / f"disk{host}") >= wanted
+        # Later steps bring the rest, each shard when it is first read.
+        assert digests(staged, 20) == digests(plain, 20)
+        assert shards(tmp_path / f"disk{host}") > wanted
+        staged.close(), plain.close()
+        shares.append(wanted)
+    assert shares[0] != shares[1]
+
+
+def test_a_shard_that_cannot_be_fetched_is_named(built, tmp_path):
+    bucket = shutil.copytree(built.source, tmp_path / "bucket")
+    config = dataclasses.replace(built, source=str(bucket), stage_dir=str(tmp_path / "disk"), stage_steps=1,
+                                 max_bad_share=0.0)
+    first = make_iterator(config, tokenizer())
+    first.close()
+    for shard in bucket.rglob("*.array_record-*"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="array_record-.* arrived with .* expected .* Upload the file again"):
+        make_iterator(dataclasses.replace(config, stage_steps=50), tokenizer())
+    shutil.rmtree(bucket)
+    source = first.packs._sources["full"]
+    missing = next(i for i in range(120) if not source.files[source._find(i)].exists())
+    with pytest.raises(ValueError, match="bucket.*array_record-.* could not be copied"):
+        source[missing]
+
+
+def test_steps_without_a_folder_are_refused():
+    with pytest.raises(ValueError, match="stage_steps is 5, but stage_dir is empty"):
+        data_config(stage_steps=5)
