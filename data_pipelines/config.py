@@ -105,6 +105,7 @@ class DataConfig:
     prefetch: int = 4                  # batches of this process held ready
     cache_mib: int = 256               # of parquet row groups kept in memory, for each group
     index_dir: str = ""                # keeps cost tables and plan between runs; "" for nowhere
+    digests: str = ""                  # file of `check --write --digests`; "" looks in the source
     stage_dir: str = ""                # `source` is copied here before the start; "" reads it in place
     stage_steps: int = 0               # copy of shards only what a host reads in so many steps; 0: all
     accept_changed_data: bool = False  # resume although what decides the batches has changed

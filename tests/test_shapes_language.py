@@ -40,9 +40,9 @@ def texts(stories):
         "prompt": [language.prompt(rng, request) for rng, request, *_ in stories],
         "think": [language.think(rng, request, scene) for rng, request, scene, *_ in stories],
         "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
-        "reflect": [language.reflect(rng, request, flaw=flaw, flawed=flawed, right=scene)
+        "reflect": [language.reflect(rng, request, flaws=(flaw,), flawed=flawed, right=scene)
                     for rng, request, scene, flawed, flaw in stories],
-        "praise": [language.reflect(rng, request, flaw=None, flawed=scene, right=scene)
+        "praise": [language.reflect(rng, request, flaws=(), flawed=scene, right=scene)
                    for rng, request, scene, *_ in stories],
         "question": [text for rng, _, scene, *_ in stories
                      for text in language.question(rng, scene)],
@@ -108,7 +108,7 @@ def test_a_description_counts():
 def test_a_reflection_names_the_flaw_and_the_fix():
     green = Thing("square", "green", "plain", 0.8, 0.5, 0.4)
     text = language.reflect(
-        np.random.default_rng(0), REQUEST, flaw=Flaw("colour", (green,), (SQUARE,)),
+        np.random.default_rng(0), REQUEST, flaws=(Flaw("colour", (green,), (SQUARE,)),),
         flawed=Scene("position", (*RED_CIRCLES, green), "pale pink"), right=SCENE)
     assert text.startswith("<think>") and text.endswith("</think>")
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
@@ -134,7 +134,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
 ])
 def test_the_step_of_each_flaw(flaw, step):
     flawed = Scene("position", SCENE.things, "white")
-    text = language.reflect(np.random.default_rng(0), REQUEST, flaw=flaw, flawed=flawed,
+    text = language.reflect(np.random.default_rng(0), REQUEST, flaws=(flaw,), flawed=flawed,
                             right=SCENE)
     assert step in text
 

@@ -17,8 +17,8 @@ MAX_DRAWS = 1000
 class Flaw:
     """What went wrong: `seen` is only in the flawed picture, `wanted` only in the right one.
 
-    kind: "missing" (nothing seen), "extra" (nothing wanted), "shape", "colour", "size", "texture"
-    (one each), "place" (two each, which have changed places), or "background" (neither).
+    kind: "missing" (nothing seen), "extra" (nothing wanted), "shape", "colour", "size", "texture",
+    "moved" (one each), "place" (two each, which have changed places), or "background" (neither).
     """
 
     kind: str

@@ -4,6 +4,8 @@ A tiny tokenizer is trained on these texts, so they stay short, plain and in low
 three headings of a reflection have capitals, as in the method's own template.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data_pipelines.shapes.flaws import Flaw
@@ -15,9 +17,11 @@ HOW_TO_THINK = "how should one think about the prompt before drawing this pictur
 HOW_TO_IMPROVE = "how should one improve the first picture to get the second one?"
 
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
-NUMBERS = ("none", "one", "two", "three", "four", "five")
+NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
 MAX_REFLECTION = 60  # words; where they allow it, the final prompt also names the background
+MAX_TOLD = 2         # flaws named in a reflection
+MAX_REMOVED = 2      # things named that are too many
 
 OPENINGS = (
     "{}", "{}", "just {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}",
@@ -71,15 +75,18 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
     return f"{text}."
 
 
-def reflect(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, flawed: Scene,
+def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
             right: Scene) -> str:
-    """The look back, in think tags: what is wrong, then the three headed parts. At most 60 words.
+    """The look back, in think tags: what is wrong, then the three headed parts.
 
-    Without a flaw it says so and asks for the same picture.
+    At most 60 words of one flaw, and 90 of two; of more than MAX_TOLD flaws the first are told. Without one
+    it says so and asks for the same picture.
     """
-    problem, need, step = _remedy(request, flaw, flawed, right) if flaw else _PRAISE
+    remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
+    problem, need, step = (f"{separator} ".join(parts)
+                           for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
-                         "look again:")) if flaw else "looking again,"
+                         "look again:")) if flaws else "looking again,"
     keep = pick(rng, ("keep all the rest.", "keep everything else.", "leave the rest."))
     first, second, third = HEADINGS
     text = (f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}. {keep}\n{third}\n"
@@ -89,10 +96,10 @@ def reflect(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, fl
     return tagged(f"{text}{background if fits else ''}.")
 
 
-def instruct(rng: np.random.Generator, request: Request, *, flaw: Flaw | None, flawed: Scene,
+def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
              right: Scene) -> str:
     """What a user asks of a picture to be edited: how the base model learns to keep most of one."""
-    step = _remedy(request, flaw, flawed, right)[2] if flaw else _PRAISE[2]
+    step = _remedy(request, flaws[0], flawed, right)[2] if flaws else _PRAISE[2]
     return f"{step}{pick(rng, ('', '', ' and keep all the rest'))}."
 
 
@@ -150,10 +157,10 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
             return f"{names} {verb} missing", "the picture must have all things", f"draw {goals}"
         case "extra":
             many = "is one thing" if len(seen) == 1 else f"are {NUMBERS[len(seen)]} things"
-            count = len(right.things)
-            return (f"there {many} too many",
-                    f"there must be {NUMBERS[count]} {plural(right.things[0].shape, count)}",
-                    f"remove {' and '.join(at)}")
+            count, shapes = len(right.things), {thing.shape for thing in right.things}
+            name = plural(shapes.pop() if len(shapes) == 1 else "thing", count)
+            return (f"there {many} too many", f"there must be {NUMBERS[count]} {name}",
+                    f"remove {' and '.join(at[:MAX_REMOVED])}")
         case "background":
             return (f"the background is {flawed.background}",
                     f"the background must be {right.background}",
@@ -163,6 +170,10 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
             return (f"the {one} is on the wrong side of the {other}",
                     f"the {one} must be {request.relation} the {other}",
                     f"swap {at[0]} with {at[1]}")
+        case "moved":
+            one, other = (group.shape for group in request.groups)
+            return (f"the {seen[0]} is in the wrong place", f"the {one} must be {request.relation} the {other}",
+                    f"move {at[0]} to the {where(flaw.wanted[0])}")
         case "shape":
             return (f"there is a {seen[0]} that should be a {wanted[0]}",
                     f"the {seen[0]} must become a {wanted[0]}", f"turn {at[0]} into a {wanted[0]}")

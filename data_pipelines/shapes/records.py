@@ -28,8 +28,10 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shapes import language
+from data_pipelines.shapes.drafts import SeenDraft
 from data_pipelines.shapes.flaws import Flaw, make_flawed
 from data_pipelines.shapes.render import render
+from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
 
@@ -51,25 +53,31 @@ Turn = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """All that one record is told from; without a flaw `flawed` is the right scene itself."""
+    """All that one record is told from; without flaws `flawed` is the right scene itself.
+
+    `first` is the picture of `flawed` if a model drew it, uint8 [side, side, 3].
+    """
 
     request: Request
     prompt: str
     right: Scene
     flawed: Scene
-    flaw: Flaw | None
+    flaws: tuple[Flaw, ...]
+    first: np.ndarray | None = None
 
 
 def record(
-    mode: str, rng: np.random.Generator, *, split: str = "train", side: int = 64
+    mode: str, rng: np.random.Generator, *, split: str = "train", side: int = 64, draft: SeenDraft | None = None
 ) -> list[Turn]:
     """One conversation of the mode, ready for `json.dumps`.
+
+    With a `draft` an improving mode starts from it; else its first picture is rendered, with a flaw.
 
     Raises ValueError for a mode that is neither in MODES nor in BASE_MODES, or an unknown split.
     """
     if mode not in MODES + BASE_MODES:
         raise ValueError(f"mode is {mode!r}: choose one of {', '.join(MODES + BASE_MODES)}")
-    story = _sample_story(rng, split)
+    story = _draft_story(rng, draft) if draft and mode.startswith("improving") else _sample_story(rng, split)
     if mode in BASE_MODES:
         return _base_record(mode, rng, story, side)
     opening = [_user(language.SYSTEM_PROMPT), _user(story.prompt)]
@@ -110,10 +118,17 @@ def heldout_prompts(num: int, *, seed: int = 0) -> list[dict[str, Any]]:
 def _sample_story(rng: np.random.Generator, split: str) -> Story:
     request = sample_request(rng, split=split)
     right = sample_scene(rng, request, split=split)
-    flawed, flaw = right, None
+    flawed, flaws = right, ()
     if rng.random() >= FLAWLESS_SHARE:
         flawed, flaw = make_flawed(rng, request, right, split=split)
-    return Story(request, language.prompt(rng, request), right, flawed, flaw)
+        flaws = (flaw,)
+    return Story(request, language.prompt(rng, request), right, flawed, flaws)
+
+
+def _draft_story(rng: np.random.Generator, seen: SeenDraft) -> Story:
+    draft = seen.draft
+    repaired = repair(rng, draft.request, seen.things, seen.background)
+    return Story(draft.request, draft.prompt, repaired.right, repaired.draft, repaired.flaws, draft.image)
 
 
 def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
@@ -132,8 +147,8 @@ def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int)
 def _improving_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
     plan = _text(language.think(rng, story.request, story.right), need_loss=False)
     reflection = _text(language.reflect(
-        rng, story.request, flaw=story.flaw, flawed=story.flawed, right=story.right))
-    first = _seen(story.flawed, side)
+        rng, story.request, flaws=story.flaws, flawed=story.flawed, right=story.right))
+    first = _seen(story.flawed, side, story.first)
     match mode:
         case "improving_thinking_understanding":
             return [_assistant(first, _seen(story.right, side)), _user(language.HOW_TO_IMPROVE),
@@ -158,7 +173,7 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
                     _assistant(_text(thought), _drawn(story.right, side))]
         case "editing":
-            instruction = language.instruct(rng, story.request, flaw=story.flaw, flawed=story.flawed,
+            instruction = language.instruct(rng, story.request, flaws=story.flaws, flawed=story.flawed,
                                             right=story.right)
             return [_assistant(_seen(story.flawed, side)), _user(instruction),
                     _assistant(_drawn(story.right, side))]
@@ -177,9 +192,9 @@ def _text(content: str, *, need_loss: bool = True) -> dict[str, Any]:
     return {"type": "text", "content": content, "need_loss": need_loss}
 
 
-def _seen(scene: Scene, side: int) -> dict[str, Any]:
-    """A conditioning image."""
-    return _image(scene, side, need_vae=True, need_vit=True)
+def _seen(scene: Scene, side: int, picture: np.ndarray | None = None) -> dict[str, Any]:
+    """A conditioning image: the scene's `picture`, rendered if there is none."""
+    return _image(scene, side, picture, need_vae=True, need_vit=True)
 
 
 def _drawn(scene: Scene, side: int) -> dict[str, Any]:
@@ -187,9 +202,10 @@ def _drawn(scene: Scene, side: int) -> dict[str, Any]:
     return _image(scene, side, need_loss=True)
 
 
-def _image(scene: Scene, side: int, *, need_loss: bool = False, need_vae: bool = False,
-           need_vit: bool = False) -> dict[str, Any]:
+def _image(scene: Scene, side: int, picture: np.ndarray | None = None, *, need_loss: bool = False,
+           need_vae: bool = False, need_vit: bool = False) -> dict[str, Any]:
     file = io.BytesIO()
-    Image.fromarray(render(scene, side=side)).save(file, format="PNG")
+    pixels = render(scene, side=side) if picture is None else picture
+    Image.fromarray(pixels).save(file, format="PNG")
     return {"type": "image", "content": base64.b64encode(file.getvalue()).decode("ascii"),
             "need_loss": need_loss, "need_vae": need_vae, "need_vit": need_vit}

@@ -1,0 +1,117 @@
+"""Drafts: pictures that the base model drew for training prompts, the first images of improving records.
+
+    DIR/0000.parquet ...   columns prompt, request (JSON), text, image (PNG); written by `irg_jax.draft`
+    DIR/manifest.json      which model drew them and how, sha256 of every file; written last
+
+A critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
+show a held-out combination are left out and counted: no training picture may.
+"""
+
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+from tqdm import tqdm
+
+from data_pipelines.digests import MANIFEST, file_sha256, write_json
+from data_pipelines.images import decode_image
+from data_pipelines.shapes import language
+from data_pipelines.shapes.detect import Detection, detect, detect_background
+from data_pipelines.shapes.sample import sample_request
+from data_pipelines.shapes.scene import Request, Scene
+from data_pipelines.shapes.split import is_training
+
+SCHEMA = pyarrow.schema([("prompt", pyarrow.string()), ("request", pyarrow.string()),
+                         ("text", pyarrow.string()), ("image", pyarrow.binary())])
+PER_FILE = 500
+MAX_PIXELS = 2**20
+
+
+class Draft(NamedTuple):
+    """A training prompt, and what the base model thought and drew: uint8 [H, W, 3]."""
+
+    prompt: str
+    request: Request
+    text: str
+    image: np.ndarray
+
+
+class SeenDraft(NamedTuple):
+    """A draft and what the detector saw in it."""
+
+    draft: Draft
+    things: tuple[Detection, ...]
+    background: str
+
+
+def draft_request(rng: np.random.Generator) -> tuple[str, Request]:
+    """A training prompt and what it asks for."""
+    request = sample_request(rng, split="train")
+    return language.prompt(rng, request), request
+
+
+def write_part(path: pathlib.Path, drafts: Iterable[Draft]) -> None:
+    """One parquet file, whole or absent."""
+    rows = [{"prompt": draft.prompt, "request": json.dumps(draft.request.to_json(), sort_keys=True),
+             "text": draft.text, "image": _to_png(draft.image)} for draft in drafts]
+    temporary = path.with_name(f".{path.name}.partial")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), temporary,
+                                write_page_checksum=True)
+    temporary.replace(path)
+
+
+def finish(folder: pathlib.Path, **fields: Any) -> None:
+    """Writes the manifest, which makes the folder usable."""
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.parquet"))}
+    write_json(folder / MANIFEST, {**fields, "files": files})
+
+
+def describe_drafts(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The manifest. Raises: ValueError if the folder holds no finished drafts."""
+    try:
+        manifest = json.loads(pathlib.Path(folder, MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no finished drafts ({error}); run python -m irg_jax.draft") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not manifest["files"]:
+        raise ValueError(f"{pathlib.Path(folder, MANIFEST)} names no files; run python -m irg_jax.draft again")
+    return manifest
+
+
+def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
+    """All drafts of a folder, in order.
+
+    Raises: ValueError naming file and row of what is missing, changed or broken.
+    """
+    drafts = []
+    for name, digest in sorted(describe_drafts(folder)["files"].items()):
+        path = pathlib.Path(folder, pathlib.PurePath(name).name)
+        if not path.is_file() or file_sha256(path) != digest:
+            raise ValueError(f"{path} is not the file that the manifest names; run python -m irg_jax.draft again")
+        for row, values in enumerate(pyarrow.parquet.read_table(path, schema=SCHEMA).to_pylist()):
+            place = f"{path} row {row}"
+            try:
+                request = Request.from_json(json.loads(values["request"]))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{place}: {error}") from error
+            image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
+            drafts.append(Draft(values["prompt"], request, values["text"], image))
+    return drafts
+
+
+def look_at(drafts: Sequence[Draft]) -> list[SeenDraft]:
+    """What the detector sees in each, without those that show a held-out combination."""
+    seen = [SeenDraft(draft, tuple(detect(draft.image)), detect_background(draft.image))
+            for draft in tqdm(drafts, "critic", unit="draft", disable=None)]
+    return [one for one in seen if is_training(Scene(one.draft.request.category, one.things, one.background))]
+
+
+def _to_png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,151 @@
+"""Drafts: written and read back whole, refused when changed, and made into improving records."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.config import BuildConfig
+from data_pipelines.shapes import build as shapes_build
+from data_pipelines.shapes.build import build
+from data_pipelines.shapes.drafts import Draft, SeenDraft, draft_request, finish, look_at, read_drafts, write_part
+from data_pipelines.shapes.flaws import make_flawed
+from data_pipelines.shapes.records import MODES, generator, record
+from data_pipelines.shapes.render import render
+from data_pipelines.shapes.sample import sample_scene
+from data_pipelines.shapes.scene import Group, Request, Scene, Thing
+from data_pipelines.shapes.score import score
+from data_pipelines.sources import ParquetRows
+from irg_jax import draft as command
+from irg_jax.sampling.trajectory import Turn
+
+HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), "white")
+
+
+def draw(index: int) -> Draft:
+    """A picture with one flaw, as a base model might draw it."""
+    rng = generator(3, "draft", index)
+    prompt, request = draft_request(rng)
+    right = sample_scene(rng, request, split="train")
+    return Draft(prompt, request, "a thought.", render(make_flawed(rng, request, right, split="train")[0]))
+
+
+@pytest.fixture(scope="module")
+def drafts():
+    return [draw(index) for index in range(12)]
+
+
+@pytest.fixture
+def folder(tmp_path, drafts):
+    path = tmp_path / "drafts"
+    path.mkdir()
+    write_part(path / "0000.parquet", drafts[:8])
+    write_part(path / "0001.parquet", drafts[8:])
+    finish(path, checkpoint="abc")
+    return path
+
+
+def pictures(turns) -> list[np.ndarray]:
+    parts = [part for turn in turns if turn["role"] == "assistant" for part in turn["content"]]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(part["content"]))))
+            for part in parts if part["type"] == "image"]
+
+
+def test_what_is_written_is_read(folder, drafts):
+    for one, other in zip(read_drafts(folder), drafts, strict=True):
+        assert one[:3] == other[:3]
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_a_changed_or_unfinished_folder_is_refused(folder):
+    data = bytearray((folder / "0001.parquet").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "0001.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match="0001.parquet is not the file that the manifest names"):
+        read_drafts(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no finished drafts"):
+        read_drafts(folder)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.startswith("improving")])
+def test_an_improving_record_starts_from_its_draft(mode, drafts):
+    for index, one in enumerate(look_at(drafts)):
+        turns = record(mode, generator(0, mode, index), draft=one)
+        first, *rest = pictures(turns)
+        np.testing.assert_array_equal(first, one.draft.image)
+        assert turns[1]["content"] == one.draft.prompt
+        assert all(score(one.draft.request, image).correct for image in rest)
+
+
+def test_initial_records_do_not_see_drafts(drafts):
+    one = SeenDraft(drafts[0], (), "white")
+    assert (record("initial_full", generator(0, "x", 0), draft=one)
+            == record("initial_full", generator(0, "x", 0)))
+
+
+def test_drafts_that_show_what_is_held_out_are_left_out(drafts):
+    request = Request("single_object", (Group("circle"),))
+    shown = Draft("a circle", request, "", render(HELD_OUT))
+    assert [one.draft for one in look_at([drafts[0], shown])] == [drafts[0]]
+
+
+def test_a_data_set_is_built_from_drafts(folder, drafts, tmp_path, monkeypatch):
+    config = BuildConfig(counts={"improving_full": 30, "initial_full": 3}, num_heldout_prompts=6, drafts=str(folder))
+    assert build(config, out=tmp_path / "data")
+    rows = ParquetRows(tmp_path / "data" / "train" / "improving_full")
+    usable = [one.draft for one in look_at(drafts)]
+    for index in range(30):
+        first, _ = pictures(json.loads(rows[index].text))
+        np.testing.assert_array_equal(first, usable[index % len(usable)].image)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["drafts_used"] == len(usable) and manifest["drafts"]
+    assert not build(config, out=tmp_path / "data")
+    monkeypatch.setattr(shapes_build, "look_at", lambda drafts: [])
+    with pytest.raises(ValueError, match="every draft shows a held-out combination"):
+        build(config, out=tmp_path / "other")
+
+
+class Drawer:
+    """Stands for a generator: draws the same picture for all, and notes what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def trajectories(self, prompts, *, seeds, num_turns):
+        assert num_turns == 1
+        self.asked.append((tuple(prompts), tuple(seeds)))
+        return [(Turn(f"thought about {prompt}", np.full((64, 64, 3), seed % 256, np.uint8)),)
+                for prompt, seed in zip(prompts, seeds)]
+
+
+def test_the_command_draws_every_prompt_once_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "PER_FILE", 4)
+    whole, half = Drawer(), Drawer()
+    for folder in ("whole", "half"):
+        command.claim(tmp_path / folder, {"num": 10})
+    command.draw_drafts(whole, 10, seed=1, batch_size=3, out=tmp_path / "whole")
+    command.draw_drafts(half, 10, seed=1, batch_size=3, out=tmp_path / "half")
+    (tmp_path / "half" / "0001.parquet").unlink()
+    again = Drawer()
+    command.draw_drafts(again, 10, seed=1, batch_size=3, out=tmp_path / "half")
+    assert len(again.asked) == 2 and set(again.asked) <= set(whole.asked)
+    for folder in ("whole", "half"):
+        finish(tmp_path / folder)
+    found = [read_drafts(tmp_path / folder) for folder in ("whole", "half")]
+    assert len(found[0]) == 10 == len({draft.prompt for draft in found[0]})
+    assert [draft[:3] for draft in found[0]] == [draft[:3] for draft in found[1]]
+
+
+def test_another_folder_is_not_drawn_into(tmp_path):
+    command.claim(tmp_path / "a", {"num": 1})
+    command.claim(tmp_path / "a", {"num": 1})
+    with pytest.raises(ValueError, match="other drafts"):
+        command.claim(tmp_path / "a", {"num": 2})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="something else than drafts"):
+        command.claim(tmp_path / "b", {"num": 1})
