@@ -192,7 +192,7 @@ def train(config: TrainConfig, workdir: pathlib.Path) -> int:
         return trainer.start
     (trainer.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     writer = MetricWriter(trainer.folder, first_step=trainer.start)
-    with (Interrupt().listen() as interrupt, trainer.mesh, contextlib.closing(writer),
+    with (Interrupt().listen() as interrupt, jax.set_mesh(trainer.mesh), contextlib.closing(writer),
           contextlib.closing(trainer.data)):
         step = run_steps(trainer, writer, interrupt)
         trainer.save(step)
