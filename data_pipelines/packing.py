@@ -36,30 +36,30 @@ def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
     return writer.batch
 
 
-def empty_pack(config: DataConfig, moments: Layout | None = None) -> PackedBatch:
-    """One pack of nothing but padding, to be filled in place."""
+def empty_pack(config: DataConfig, moments: Layout | None = None, *, lead: tuple[int, ...] = ()) -> PackedBatch:
+    """One pack of nothing but padding, to be filled in place; with `lead` (B,) it is B of them."""
+    text, vit = (*lead, config.text_tokens), (*lead, config.vit_tokens)
+    latent, images = (*lead, config.latent_tokens), (*lead, config.images)
     num_pixels = 0 if moments else config.latent_patch**2 * 3
-    num_text, num_vit = config.text_tokens, config.vit_tokens
-    num_latent, num_images = config.latent_tokens, config.images
     return PackedBatch(
-        text_ids=np.zeros(num_text, np.int32),
-        text_target=np.zeros(num_text, np.int32),
-        text_weight=np.zeros(num_text, np.float32),
-        text_rows=padding_rows((num_text,)),
-        vit_patches=np.zeros((num_vit, config.vit_patch**2 * 3), np.uint8),
-        vit_position=np.zeros(num_vit, np.int32),
-        vit_rows=padding_rows((num_vit,)),
-        latent_pixels=np.zeros((num_latent, num_pixels), np.uint8),
-        latent_moments=np.zeros((num_latent, moments.values if moments else 0),
+        text_ids=np.zeros(text, np.int32),
+        text_target=np.zeros(text, np.int32),
+        text_weight=np.zeros(text, np.float32),
+        text_rows=padding_rows(text),
+        vit_patches=np.zeros((*vit, config.vit_patch**2 * 3), np.uint8),
+        vit_position=np.zeros(vit, np.int32),
+        vit_rows=padding_rows(vit),
+        latent_pixels=np.zeros((*latent, num_pixels), np.uint8),
+        latent_moments=np.zeros((*latent, moments.values if moments else 0),
                                 moments.dtype if moments else np.float32),
-        latent_position=np.zeros(num_latent, np.int32),
-        latent_image=np.full(num_latent, num_images, np.int32),
-        latent_weight=np.zeros(num_latent, np.float32),
-        latent_rows=padding_rows((num_latent,)),
-        image_start=np.zeros(num_images, np.int32),
-        image_height=np.zeros(num_images, np.int32),
-        image_width=np.zeros(num_images, np.int32),
-        image_timestep=np.full(num_images, -np.inf, np.float32))
+        latent_position=np.zeros(latent, np.int32),
+        latent_image=np.full(latent, config.images, np.int32),
+        latent_weight=np.zeros(latent, np.float32),
+        latent_rows=padding_rows(latent),
+        image_start=np.zeros(images, np.int32),
+        image_height=np.zeros(images, np.int32),
+        image_width=np.zeros(images, np.int32),
+        image_timestep=np.full(images, -np.inf, np.float32))
 
 
 class _Writer:

@@ -107,7 +107,7 @@ class Packs:
 
     def empty(self, count: int) -> PackedBatch:
         """`count` packs of nothing but padding."""
-        return _map_arrays(lambda array: np.stack([array] * count), empty_pack(self.config, self._layout))
+        return empty_pack(self.config, self._layout, lead=(count,))
 
     def _sample(self, entry: Entry, faults: list[Fault]) -> list[Item]:
         """The planned record, or the first that can be read and fits into its room; else nothing."""
@@ -196,7 +196,9 @@ class BatchIterator:
         try:
             batch, faults = next(self._readers[0])
         except RuntimeError as error:
-            raise explain_death(error) or error from error
+            if death := explain_death(error):
+                raise death from error
+            raise
         for fault in faults:
             self.packs.bad.add(fault)
         self._step += 1

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 PACKS = 64            # of a block
-_MAGIC = b"IRGPLAN2"  # changes with the layout and with the planner: an old index is planned again
+_MAGIC = b"IRGPLAN3"  # changes with the layout and with the planner: an old index is planned again
 _HEADER = struct.Struct("<8s4I")
 _FIELDS = (("<i4", 3), ("<i4", 1), ("<i4", 4), ("<i8", 1))
 

@@ -9,16 +9,18 @@ mandatory groups too, are drawn in proportion to the weights, as in the original
 `mixture_slack` records (of the heaviest group; of others as many fewer as they weigh less) ahead of the
 group furthest behind waits for it.
 
-Nobody is starved. Once `lookahead` packs with a record of its group went without it, the oldest record
-enters a pack before any other of its group. If the group furthest behind finds no room in `patience`
-packs, its record opens the next, ahead of the mandatory ones; those that then find no room are left out of
-that pack, and a mandatory group's own record counts both ways.
+Nobody is starved. Once `lookahead` packs with a record of its group went without it, the oldest record is
+overdue: no other of its group is drawn by weight before it, and that of a mandatory group goes ahead of the
+other mandatory ones. If the group furthest behind finds no room in `patience` packs, its record opens the
+next, ahead of the mandatory ones, and a mandatory group's own record counts both ways. A mandatory group of
+which nothing fits beside those ahead of it is left out of that pack; the first time, a warning says so.
 
 The plan depends on the costs and the config alone, so every process, however many there are, makes the
 same one, and a position in it is an integer. It is made from the beginning, PACKS packs at a time, and
 kept: in memory (about 100 bytes a pack) and, given a file, on disk, where the next run goes on from.
 """
 
+import logging
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -46,10 +48,11 @@ class Pack(NamedTuple):
 
 
 class _Turn(NamedTuple):
-    """A group that takes a record before the others."""
+    """A group that takes a record before the others: that of `slot` if there is one and it fits, else any."""
 
     group: int
     by_weight: bool
+    slot: int | None = None
 
 
 class _Mixture:
@@ -93,27 +96,28 @@ class _Drafts:
         self.taken = mixture.taken[None].repeat(drafts, axis=0)
         self.picks: list[tuple[np.ndarray, np.ndarray, bool]] = []
         self._random_left = np.where(self._all > 0, 1 + self._all % _RANDOM_TAKES, 0)
-        can = (self._cost <= free[:, None]).all(axis=0)
-        self._overdue = windows.overdue()  # their slots
-        for slot in self._overdue:
-            oldest, group = can[slot], self._group(slot)
-            can[group] = False
-            can[slot] = oldest
-        self._open = can[None].repeat(drafts, axis=0)
+        self._open = (self._cost <= free[:, None]).all(axis=0)[None].repeat(drafts, axis=0)
+        self._overdue = windows.overdue()
+        self._waits = np.zeros_like(self._open)  # for the overdue record of its group
+        for group, slot in self._overdue.items():
+            self._waits[:, self._slots(group)] = True
+            self._waits[:, slot] = False
 
     def take_turn(self, turn: _Turn) -> None:
         """A record of one group: its oldest that fits in the first draft, any in the others."""
-        group = self._group(turn.group * self._length)
+        group = self._slots(turn.group)
         can = self._open[:, group]
-        slots = np.where(can, self._luck[:, group], -1).argmax(axis=1)
-        slots[0] = np.where(can[0], _LATEST - self._place[group], -1).argmax()
-        rows = can[self._all, slots].nonzero()[0]
+        slots = group.start + np.where(can, self._luck[:, group], -1).argmax(axis=1)
+        slots[0] = group.start + np.where(can[0], _LATEST - self._place[group], -1).argmax()
+        if turn.slot is not None:
+            slots[self._open[:, turn.slot]] = turn.slot
+        rows = self._open[self._all, slots].nonzero()[0]
         if len(rows):
-            self._take(rows, slots[rows] + group.start, turn.by_weight)
+            self._take(rows, slots[rows], turn.by_weight)
 
     def take_by_weight(self) -> bool:
         """A record of any group that is due; False if no draft found one."""
-        can = self._open & self._mixture.due(self.taken).repeat(self._length, axis=1)
+        can = self._open & ~self._waits & self._mixture.due(self.taken).repeat(self._length, axis=1)
         value = self._size
         if (self._random_left > 0).any():
             value = np.where((self._random_left > 0)[:, None], self._luck, self._size)
@@ -137,16 +141,12 @@ class _Drafts:
         self._open[rows, slots] = False
         if by_weight:
             self.taken[rows, slots // self._length] += 1
-        for slot in self._overdue:  # the oldest is in, so the others may follow
-            freed = rows[slots == slot]
-            self._open[freed, self._group(slot)] = True
-            self._open[freed, slot] = False
+        for group, slot in self._overdue.items():
+            self._waits[rows[slots == slot], self._slots(group)] = False
         self._open &= (self._cost[:, None] <= self.free[:, :, None]).all(axis=0)
 
-    def _group(self, slot: int) -> slice:
-        """All slots of the group that has this one."""
-        start = slot // self._length * self._length
-        return slice(start, start + self._length)
+    def _slots(self, group: int) -> slice:
+        return slice(group * self._length, (group + 1) * self._length)
 
 
 class Planner:
@@ -172,6 +172,7 @@ class Planner:
         self._mixture = _Mixture(config)
         self._hunger = np.zeros(len(queues), np.int64)  # packs without room for the group furthest behind
         self._luck = _luck((_DRAFTS, 2 * self._windows.place.size))
+        self._has_warned = False
         self._index = PlanIndex(journal) if journal else None
         self._is_writer = keep_journal
         self._blocks = list(self._index.blocks) if self._index else []
@@ -211,11 +212,7 @@ class Planner:
             self._index.append(block)
 
     def _plan_pack(self, index: int) -> Pack:
-        hungry = np.flatnonzero(self._hunger >= self._config.patience)
-        first = hungry[np.argsort(-self._hunger[hungry], kind="stable")].tolist()
-        turns = [_Turn(group, True) for group in first]
-        turns += [_Turn(group, False) for group in self._mandatory if group not in first]
-        free, entries, given = self._budget, [], []
+        free, entries, given, turns = self._budget, [], [], self._turns()
         # What is taken makes room in the windows: a pack of many small records needs several rounds.
         while picks := self._draw_up(free, turns, index):
             for slot, by_weight in picks:
@@ -225,9 +222,20 @@ class Planner:
                 self._mixture.taken[group] += by_weight
             entries += self._windows.take([slot for slot, _ in picks])
             turns = []
-        self._windows.finish_round(sorted({turn.group for turn in given}))
+        groups = {turn.group for turn in given}
+        self._windows.finish_round(sorted(groups))
         self._settle({turn.group for turn in given if turn.by_weight})
+        self._warn_once(index, [group for group in self._mandatory if group not in groups])
         return Pack(tuple(entries), Cost(*map(int, self._budget - free)))
+
+    def _turns(self) -> list[_Turn]:
+        """Groups that found no room for long, then mandatory ones, those with an overdue record first."""
+        overdue = self._windows.overdue()
+        hungry = np.flatnonzero(self._hunger >= self._config.patience)
+        first = hungry[np.argsort(-self._hunger[hungry], kind="stable")].tolist()
+        late = [group for group in overdue if group in self._mandatory]
+        order = dict.fromkeys([*first, *late, *self._mandatory])
+        return [_Turn(group, group in first, overdue.get(group)) for group in order]
 
     def _draw_up(self, free: np.ndarray, turns: Sequence[_Turn], index: int) -> list[tuple[int, bool]]:
         """The slots of the fullest of several drafts, and whether each is by weight."""
@@ -248,6 +256,13 @@ class Planner:
         last = self._mixture.last()
         if last is not None and last not in by_weight:
             self._hunger[last] += 1
+
+    def _warn_once(self, index: int, left_out: Sequence[int]) -> None:
+        if left_out and not self._has_warned:
+            self._has_warned = True
+            logging.warning("pack %d has no room for the mandatory groups %s, and it will not be the last; for "
+                            "budgets that hold them run python -m data_pipelines.budget", index,
+                            [self._config.groups[group].name for group in left_out])
 
     def _check_mandatory(self, queues: Sequence[Queue]) -> None:
         least = np.zeros(len(Cost._fields), np.int64)

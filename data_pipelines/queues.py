@@ -113,12 +113,16 @@ class Windows:
         """A pack is finished, and it holds records of these groups."""
         self._rounds[groups] += 1
 
-    def overdue(self) -> list[int]:
-        """Slots of oldest records that more packs with their group than a window is long went without."""
+    def overdue(self) -> dict[int, int]:
+        """Groups whose oldest record at least as many of their packs went without as a window is long.
+
+        Returns: the slot of that record by group, those that waited longest first.
+        """
+        length = self.place.shape[1]
         oldest = np.where(self.place == _EMPTY, _LATEST, self.place).argmin(axis=1)
         waited = self._rounds - self._since[self._all, oldest]
-        groups = (waited >= self.place.shape[1]).nonzero()[0]
-        return (groups * self.place.shape[1] + oldest[groups]).tolist()
+        groups = [group for group in np.argsort(-waited, kind="stable").tolist() if waited[group] >= length]
+        return {group: group * length + int(oldest[group]) for group in groups}
 
     def state(self) -> np.ndarray:
         """All of it as int64 [n]."""

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 
+import grain
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from data_cases import data_config, tokenizer, write_data_set, write_rows
 from data_pipelines.batch import INF, Rows
 from data_pipelines.config import GroupConfig
-from data_pipelines.pipeline import make_iterator
+from data_pipelines.pipeline import Packs, make_iterator
 
 COUNTS = {"full": 9, "improving": 7, "think": 5}
 GROUPS = (GroupConfig("full", 1.0, True), GroupConfig("improving", 1.0), GroupConfig("think", 0.5))
@@ -57,6 +58,13 @@ def test_batches_have_the_contract_shapes(config, truth):
 
 def test_packs_within_a_step_differ(truth):
     assert len({batch.text_ids[i].tobytes() for batch in truth for i in range(4)}) == 32
+
+
+def test_packs_are_a_data_set_with_random_access(config, truth):
+    packs = grain.MapDataset.source(Packs(config, TOKENIZER))
+    for index in (13, 2, 30):
+        for one, batch in zip(arrays(packs[index]), arrays(truth[index // 4]), strict=True):
+            np.testing.assert_array_equal(one, batch[index % 4])
 
 
 @settings(max_examples=8, deadline=None,

@@ -1,66 +1,25 @@
-"""Plans keep budgets, epochs and the mixture, starve nobody, fill packs, and survive a damaged index."""
+"""Plans keep budgets, epochs and the mixture, starve nobody, and fill packs."""
 
 import collections
 import dataclasses
 import random
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_cases import data_config
 from data_pipelines.config import DataConfig, GroupConfig, from_config_dict, load_config
-from data_pipelines.costs import CostTable, budget
+from data_pipelines.costs import budget
 from data_pipelines.plan_index import PACKS
 from data_pipelines.planning import Planner
 from data_pipelines.records import Kind
 from data_pipelines.samples import BLOCK, draw, draw_all
 from data_pipelines.simulation import MODES, simulate, useful_tokens
+from plan_cases import cost_table, random_record, random_tables, texts
 
 KINDS = ("conversation", "vision_language", "text_to_image", "editing")
-
-
-def cost_table(records) -> CostTable:
-    """records: lists of (kind, text, vit, latent, images)."""
-    items = [np.array(record, np.int32).reshape(-1, 5) for record in records]
-    return CostTable(np.concatenate(items), np.cumsum([0, *map(len, items)]))
-
-
-def texts(*sizes: int) -> list[list[tuple]]:
-    """Records of one text each."""
-    return [[(Kind.TEXT, size, 0, 0, 0)] for size in sizes]
-
-
-def random_record(rng: random.Random, kind: str = "conversation") -> list[tuple]:
-    """Candidates in the order that `choices` promises for the kind."""
-    text = lambda: (Kind.TEXT, rng.randint(3, 40), 0, 0, 0)
-    size = lambda: rng.choice((4, 9, 16))
-    image = lambda kind: (kind, 2, size(), 0, 0) if kind == Kind.VIT else (kind, 2, 0, size(), 1)
-    captions = lambda: [text() for _ in range(rng.randint(1, 3))]
-    if kind == "text_to_image":
-        return [*captions(), image(Kind.NOISED)]
-    if kind == "editing":
-        rows = [image(Kind.CLEAN), image(Kind.VIT)]
-        for _ in range(rng.randint(0, 2)):
-            rows += [*captions(), *map(image, (Kind.NOISED, Kind.CLEAN, Kind.VIT))]
-        return [*rows, *captions(), image(Kind.NOISED)]
-    images = [image(rng.choice((Kind.VIT, Kind.CLEAN, Kind.NOISED))) for _ in range(rng.randint(0, 2))]
-    return [text(), *images]
-
-
-def random_tables(seed: int, groups) -> dict[str, CostTable]:
-    rng = random.Random(seed)
-    tables = {}
-    for group in groups:
-        records = [random_record(rng, group.kind) for _ in range(rng.randint(1, 12))]
-        records.insert(rng.randint(0, len(records)), [])  # a bad one
-        tables[group.name] = cost_table(records)
-    return tables
 
 
 def kept_cost(planner, table, entry) -> np.ndarray:
@@ -274,6 +233,19 @@ def test_a_mandatory_record_that_fills_its_pack_counts_as_its_turn():
     assert counts["a"] == 200 and 60 <= counts["b"] <= 75  # one turn in three packs
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_large_mandatory_record_keeps_the_small_ones_of_its_group_from_no_pack(weight, caplog):
+    """The 120 of b fits beside no record of a: it takes its place for one pack, and b is in every pack."""
+    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", weight, True)), lookahead=8)
+    planner = Planner(config, {"a": cost_table(texts(*[100] * 4)), "b": cost_table(texts(*[10] * 9, 120))})
+    packs = [planner[i].entries for i in range(300)]
+    assert all("b" in [entry.group for entry in pack] for pack in packs)
+    large = [i for i, pack in enumerate(packs) if any(entry[::2] == ("b", 9) for entry in pack)]
+    assert len(large) >= max(entry.epoch for pack in packs for entry in pack if entry.group == "b") - 1 > 3
+    assert {i for i, pack in enumerate(packs) if "a" not in [entry.group for entry in pack]} <= set(large)
+    assert caplog.text.count("has no room for the mandatory groups ['a']") == 1
+
+
 def test_a_group_of_weight_zero_has_its_mandatory_records_only():
     config = data_config(groups=(GroupConfig("a", 0.0, True), GroupConfig("b", 1.0)))
     planner = Planner(config, {"a": cost_table(texts(*[10] * 5)), "b": cost_table(texts(*[30] * 5))})
@@ -316,83 +288,3 @@ def test_simulated_records_have_the_assumed_lengths():
     assert square("improving_full_learning") == pytest.approx(13800, rel=0.02)
     with pytest.raises(ValueError, match="'other' is none of the simulated modes"):
         simulate(data_config(groups=(GroupConfig("other"),)))
-
-
-# ---- the pack index ---------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    """A config, tables, three blocks of the plan, and the bytes of their index."""
-    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 0.5)), seed=3, vae_dropout=0.3)
-    tables = random_tables(5, config.groups)
-    path = tmp_path_factory.mktemp("index") / "new" / "plan"
-    planner = Planner(config, tables, journal=path)
-    plan = [planner[i] for i in range(3 * PACKS)]
-    return config, tables, plan, path.read_bytes()
-
-
-def test_a_plan_goes_on_from_its_index(case, tmp_path, monkeypatch):
-    config, tables, plan, data = case
-    (tmp_path / "plan").write_bytes(data[:len(data) * 2 // 3 + 100])
-    planned = []
-    original = Planner._plan_block
-    monkeypatch.setattr(Planner, "_plan_block", lambda self: (planned.append(1), original(self)))
-    planner = Planner(config, tables, journal=tmp_path / "plan")
-    assert [planner[i] for i in range(2 * PACKS)] == plan[:2 * PACKS] and not planned
-    assert [planner[i] for i in range(3 * PACKS)] == plan and len(planned) == 1
-    assert (tmp_path / "plan").read_bytes() == data
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 1), flip=st.integers(0, 255))
-def test_an_index_that_is_torn_or_damaged_is_planned_again(case, tmp_path, caplog, share, flip):
-    config, tables, plan, data = case
-    where = min(int(share * len(data)), len(data) - 1)
-    damaged = data[:where] + (bytes([data[where] ^ flip]) + data[where + 1:] if flip else b"")
-    (tmp_path / "plan").write_bytes(damaged)
-    caplog.clear()
-    reader = Planner(config, tables, journal=tmp_path / "plan", keep_journal=False)
-    assert reader[3 * PACKS - 1] == plan[-1]
-    assert (tmp_path / "plan").read_bytes() == damaged
-    assert not flip or "of the pack index is damaged" in caplog.text
-    planner = Planner(config, tables, journal=tmp_path / "plan")
-    assert [planner[i] for i in range(3 * PACKS)] == plan
-    assert (tmp_path / "plan").read_bytes() == data
-
-
-def test_two_writers_of_one_index(case, tmp_path):
-    config, tables, plan, data = case
-    planners = [Planner(config, tables, journal=tmp_path / "plan") for _ in range(2)]
-    for last in (PACKS - 1, 2 * PACKS, 3 * PACKS - 1):
-        for planner in planners:
-            assert planner[last] == plan[last]
-    assert (tmp_path / "plan").read_bytes() == data
-
-
-WRITER = """
-import sys
-sys.path.insert(0, "tests")
-from test_planning import GroupConfig, Planner, data_config, random_tables
-config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 0.5)), seed=3, vae_dropout=0.3)
-import pathlib
-Planner(config, random_tables(5, config.groups), journal=pathlib.Path(sys.argv[1]))[10**7]
-"""
-
-
-def test_a_killed_writer_leaves_an_index_to_go_on_from(case, tmp_path):
-    config, tables, plan, data = case
-    path = tmp_path / "plan"
-    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
-    try:
-        deadline = time.monotonic() + 50
-        while not path.exists() or path.stat().st_size < len(data):
-            assert time.monotonic() < deadline and writer.poll() is None
-            time.sleep(0.01)
-    finally:
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-    planner = Planner(config, tables, journal=path)
-    assert [planner[i] for i in range(3 * PACKS)] == plan
-    again = Planner(config, tables, journal=path)
-    end = 4 * PACKS
-    assert planner[end] == again[end] == Planner(config, tables)[end]
