@@ -1,22 +1,21 @@
 """How fast records become packs, how long a step waits for them, and how soon training can begin.
 
-    python benchmarks/data.py [--seconds 20] [--step_seconds 2] [--records 300000]
+    python -m benchmarks.data [--seconds 20] [--step_seconds 2] [--records 300000]
 
 Records are those of the last learning mode (two images of 1024 px, three texts) with generated pixels,
-once as JPEG and once as PNG. Rates are per core: processor seconds of one thread, so that other work on
-the machine does not count. Prints one JSON object last and keeps it in benchmarks/results/data.json.
+once as JPEG and once as PNG. Rates are per core: processor seconds of one thread, the least over several
+rounds, so that other work on the machine counts little. The limit of a pack is what Pillow needs to decode
+and resize its images, and nothing else; a chip wants 1 to 3 images a second. Prints one JSON object last
+and writes it to benchmarks/results/data.json.
 """
 
 import base64
 import dataclasses
-import datetime
-import importlib.metadata
 import io
+import itertools
 import json
-import os
+import multiprocessing
 import pathlib
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,21 +24,22 @@ import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
-from absl import app, flags
+from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from benchmarks import machine
+from data_pipelines import command, images
+from data_pipelines.config import DataConfig, GroupConfig
+from data_pipelines.conversion import convert
+from data_pipelines.pipeline import Packs, make_iterator
+from data_pipelines.planning import Planner
+from data_pipelines.simulation import MODES, simulate
+from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 
-from data_pipelines import images  # noqa: E402
-from data_pipelines.config import DataConfig, GroupConfig  # noqa: E402
-from data_pipelines.pipeline import Packs, make_iterator  # noqa: E402
-from data_pipelines.planning import Planner  # noqa: E402
-from data_pipelines.simulation import MODES, simulate  # noqa: E402
-from data_pipelines.tokenizer import train_tokenizer  # noqa: E402
-
-RESULT = pathlib.Path(__file__).parent / "results" / "data.json"
 SIDE, RECORDS = 1024, 12
+ROUND = 8     # packs
+SHARDS = 200  # of a mode: 300 GB in shards of 256 MiB are 1,200 files
 WORDS = "two red circles left of a blue square under three green stars in soft morning light".split()
 FORMATS = {"jpeg": dict(format="JPEG", quality=92), "png": dict(format="PNG")}
 
@@ -75,14 +75,15 @@ def write(folder: pathlib.Path, rows: list[str], *, rows_per_group: int) -> None
                                 row_group_size=rows_per_group, compression="zstd", write_page_checksum=True)
 
 
-def measure(function: Callable[[], object], *, seconds: float) -> float:
-    """Processor seconds of one call, on average; the first is not counted."""
-    function()
-    begun, calls = time.thread_time(), 0
-    while calls < 3 or time.thread_time() - begun < seconds:
-        function()
-        calls += 1
-    return (time.thread_time() - begun) / calls
+def measure(function: Callable[[], object], *, seconds: float, calls: int = 1) -> float:
+    """Processor seconds of a call in the best of several rounds of `calls`; the first is not counted."""
+    rounds, begun = [], time.thread_time()
+    while len(rounds) < 4 or time.thread_time() - begun < seconds:
+        start = time.thread_time()
+        for _ in range(calls):
+            function()
+        rounds.append((time.thread_time() - start) / calls)
+    return min(rounds[1:])
 
 
 def measure_images(options: dict, config: DataConfig, seconds: float) -> dict[str, float]:
@@ -102,15 +103,19 @@ def measure_images(options: dict, config: DataConfig, seconds: float) -> dict[st
             "images_per_second_per_core": 1 / sum(times.values())}
 
 
-def measure_packs(config: DataConfig, tokenizer, seconds: float) -> dict[str, float]:
-    """Whole packs from parquet: read, parse, decode, resize, assemble."""
-    packs, index = Packs(config, tokenizer), iter(range(2**30))
-    value = measure(lambda: packs.load(next(index)), seconds=seconds)
-    per_pack = 2 * np.mean([len(packs.planner[i].entries) for i in range(next(index))])
-    return {"pack_seconds": value, "images_per_pack": per_pack, "images_per_second_per_core": per_pack / value}
+def measure_packs(config: DataConfig, tokenizer: Tokenizer, one: dict[str, float],
+                  seconds: float) -> dict[str, float]:
+    """Whole packs from parquet: read, parse, decode, resize, assemble. `one` is of `measure_images`."""
+    packs, index = Packs(config, tokenizer), itertools.cycle(range(ROUND))
+    value = measure(lambda: packs.load(next(index)), seconds=seconds, calls=ROUND)
+    records = np.mean([len(packs.planner[i].entries) for i in range(ROUND)])
+    limit = records * (2 * one["decode_ms"] + one["resize_vit_ms"]) / 1e3  # of two images one enters as ViT
+    return {"pack_seconds": value, "packs_per_second_per_core": 1 / value, "images_per_pack": 2 * records,
+            "images_per_second_per_core": 2 * records / value, "limit_pack_seconds": limit,
+            "share_of_limit": limit / value}
 
 
-def measure_wait(config: DataConfig, tokenizer, seconds: float, step: float) -> dict[str, float]:
+def measure_wait(config: DataConfig, tokenizer: Tokenizer, seconds: float, step: float) -> dict[str, float]:
     """What `next` takes while a device would compute for `step` seconds, and the memory held meanwhile."""
     begun = time.perf_counter()
     iterator = make_iterator(config, tokenizer)
@@ -130,41 +135,53 @@ def measure_wait(config: DataConfig, tokenizer, seconds: float, step: float) -> 
                              for array in (field if isinstance(field, tuple) else (field,))) / 2**20}
 
 
-def measure_start(folder: pathlib.Path, tokenizer, records: int) -> dict[str, float]:
-    """From nothing to a first batch, over short texts; and a first plan over simulated IRGL records."""
+def first_batch(config: DataConfig, tokenizer: Tokenizer) -> dict[str, int]:
+    """Bytes of what the iterator keeps: its state, and with it all that a resume is compared with."""
+    iterator = make_iterator(config, tokenizer)
+    next(iterator)
+    iterator.close()
+    return {"state_bytes": len(json.dumps(iterator.get_state())),
+            "position_bytes": len(json.dumps(iterator.position(1)))}
+
+
+def start_up(config: DataConfig, tokenizer: Tokenizer) -> tuple[float, dict[str, int]]:
+    """Seconds from nothing, Python itself included, to a first batch in a process of its own."""
+    begun = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        sizes = pool.apply(first_batch, (config, tokenizer))
+        seconds = time.perf_counter() - begun
+        pool.close()
+        pool.join()
+    return seconds, sizes
+
+
+def measure_start(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> dict[str, float]:
+    """Start-up over short texts: of a built data set, and of parquet, whose records are all read once."""
     modes = {mode: GroupConfig(mode) for mode in MODES}
+    each = records // len(modes)
     for mode in modes:
         rows = [json.dumps([{"role": "user", "content": f"{mode} {i} {WORDS[i % len(WORDS)]}"}])
-                for i in range(records // len(modes))]
-        write(folder / "train" / mode, rows, rows_per_group=1000)
-    config = DataConfig(source=str(folder), groups=tuple(modes.values()), index_dir=str(folder / "index"),
-                        packs_per_step=1, text_tokens=64)  # four records a pack, as with images
-    result = {"records": records}
-    for name in ("first_start_seconds", "start_seconds"):
-        begun = time.perf_counter()
-        iterator = make_iterator(config, tokenizer)
-        next(iterator)
-        result[name] = time.perf_counter() - begun
-        result["state_bytes"] = len(json.dumps(iterator.get_state()))
-        result["position_bytes"] = len(json.dumps(iterator.position(1)))
-        iterator.close()
-    tables = simulate(config, records=records // len(modes))
+                for i in range(each)]
+        write(folder / "parquet" / "train" / mode, rows, rows_per_group=-(-each // SHARDS))
+    parquet = DataConfig(source=str(folder / "parquet"), groups=tuple(modes.values()), packs_per_step=1,
+                         index_dir=str(folder / "index"), text_tokens=64)  # four records a pack, as with images
+    tokenizer.save(str(folder / "tokenizer.json"))
+    convert(parquet.source, out=folder / "built", config=parquet, tokenizer=str(folder / "tokenizer.json"),
+            decode=False, shard_mib=0)
+    built = dataclasses.replace(parquet, source=str(folder / "built"), index_dir="")
+    result = {"records": each * len(modes), "shards": len(list(folder.glob("built/train/*/*.array_record*")))}
+    result["built_seconds"], sizes = start_up(built, tokenizer)
+    result["parquet_first_seconds"], _ = start_up(parquet, tokenizer)
+    result["parquet_again_seconds"], _ = start_up(parquet, tokenizer)
+    tables = simulate(parquet, records=each)
     begun = time.perf_counter()
-    Planner(dataclasses.replace(config, text_tokens=8192), tables)[0]
-    return result | {"plan_simulated_seconds": time.perf_counter() - begun}
+    Planner(dataclasses.replace(parquet, text_tokens=8192), tables)[0]
+    return result | sizes | {"plan_simulated_seconds": time.perf_counter() - begun}
 
 
-def machine() -> dict[str, object]:
-    versions = {name: importlib.metadata.version(name) for name in ("grain", "numpy", "pillow", "pyarrow")}
-    info = pathlib.Path("/proc/cpuinfo")
-    names = {line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")} if info.exists() else {platform.processor()}
-    return {"date": datetime.date.today().isoformat(), "cpu": ", ".join(sorted(names)), "cores": os.cpu_count(),
-            "python": platform.python_version(), **versions}
-
-
-def main(argv: list[str]) -> None:
-    values, result = flags.FLAGS, {"benchmark": "data", **machine()}
+def main(values) -> None:
+    result = {"benchmark": "data", **machine.describe("grain", "numpy", "pillow", "pyarrow", "array_record"),
+              "step_seconds": values.step_seconds}
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, vocab_size=400)
     with tempfile.TemporaryDirectory() as name, tqdm(total=9, desc="benchmark", disable=None) as bar:
         folder = pathlib.Path(name)
@@ -176,7 +193,7 @@ def main(argv: list[str]) -> None:
                                 packs_per_step=1, index_dir=str(folder / kind / "index"))
             result[kind] = measure_images(options, config, values.seconds)
             bar.update()
-            result[f"{kind}_packs"] = measure_packs(config, tokenizer, values.seconds)
+            result[f"{kind}_packs"] = measure_packs(config, tokenizer, result[kind], values.seconds)
             bar.update()
             for workers in (0, 1):
                 reading = dataclasses.replace(config, workers=workers, read_threads=2, prefetch=2)
@@ -185,14 +202,12 @@ def main(argv: list[str]) -> None:
                 bar.update()
         result["start"] = measure_start(folder / "start", tokenizer, values.records)
         bar.update()
-    result["step_seconds"] = values.step_seconds
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    machine.keep(result, values.out)
 
 
 if __name__ == "__main__":
     flags.DEFINE_float("seconds", 20, "Roughly what each measurement takes.", lower_bound=1)
     flags.DEFINE_float("step_seconds", 2, "What the device needs for a step of one pack.", lower_bound=0)
     flags.DEFINE_integer("records", 300_000, "Records of the start-up measurement.", lower_bound=6)
-    app.run(main)
+    flags.DEFINE_string("out", str(machine.RESULTS / "data.json"), "The result file.")
+    command.run(main)

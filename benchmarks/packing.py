@@ -4,15 +4,12 @@
 
 Both pack the simulated IRGL lengths of `data_pipelines/simulation.py`, in the stage 1 and stage 2
 mixtures. Fill is useful tokens over the tokens a step computes: the three streams together for ours, a
-static sequence of 40,960 for the original. Prints one JSON object last and writes it to
-benchmarks/results/packing.json.
+static sequence of 40,960 for the original; the limit is 1. Speed is that of one core; planning is bound by
+no bandwidth, and a step of two seconds a pack asks for half a pack a second. Prints one JSON object last and
+writes it to benchmarks/results/packing.json.
 """
 
 import dataclasses
-import datetime
-import json
-import pathlib
-import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -22,6 +19,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
+from benchmarks import machine
 from data_pipelines import command
 from data_pipelines.config import DataConfig, from_config_dict, load_config
 from data_pipelines.costs import CostTable, budget
@@ -29,9 +27,9 @@ from data_pipelines.planning import Planner
 from data_pipelines.samples import draw_all
 from data_pipelines.simulation import simulate, useful_tokens
 
-RESULT = pathlib.Path(__file__).parent / "results" / "packing.json"
 STATIC = 40_960  # tokens of the original's sequence, padded to one shape
-# By `python -m data_pipelines.budget --simulate`; with `mandatory`, one record of each such group a pack.
+# Found by `python -m data_pipelines.budget --simulate`, see docs/performance.md for each command line; with
+# `mandatory`, one record of each such group a pack.
 CASES = (
     dict(stage=1, mandatory=True, text=3456, vit=19712, latent=24704),
     dict(stage=1, mandatory=True, text=3968, vit=24576, latent=28800),
@@ -130,22 +128,22 @@ def measure_greedy(config: DataConfig, tables: Mapping[str, CostTable], packs: i
 
 
 def measure_speed(config: DataConfig, tables: Mapping[str, CostTable], records: int) -> dict[str, Any]:
-    """Seconds of one core from the cost tables to a plan of so many records, in this process's time."""
-    start, wall, index, planned = time.process_time(), time.perf_counter(), 0, 0
+    """Seconds of one core from the cost tables to a plan of so many records."""
+    start, wall, index, planned = time.thread_time(), time.perf_counter(), 0, 0
     planner = Planner(config, tables)
     with tqdm(total=records, desc="speed", leave=False, disable=None) as progress:
         while planned < records:
             count = len(planner[index].entries)
             index, planned = index + 1, planned + count
             progress.update(count)
-    seconds = time.process_time() - start
+    seconds = time.thread_time() - start
     return {"records": planned, "packs": index, "cpu_seconds": round(seconds, 2),
             "wall_seconds": round(time.perf_counter() - wall, 2),
-            "us_per_record": round(seconds / planned * 1e6, 1)}
+            "us_per_record": round(seconds / planned * 1e6, 1), "packs_per_second": round(index / seconds)}
 
 
 def main(values: Any) -> None:
-    cases = []
+    cases, about = [], machine.describe("numpy")
     for case in CASES:
         config = case_config(**case)
         tables = simulate(config)
@@ -158,17 +156,11 @@ def main(values: Any) -> None:
         cases.append(result)
     config = case_config(**CASES[0])
     speed = measure_speed(config, simulate(config), values.records)
-    report = {"cases": cases, "speed": speed, "machine": platform.processor() or platform.machine(),
-              "python": platform.python_version(), "numpy": np.__version__,
-              "date": datetime.date.today().isoformat()}
-    out = pathlib.Path(values.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report))
+    machine.keep({"benchmark": "packing", **about, "cases": cases, "speed": speed}, values.out)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("packs", 1000, "Packs of each case.", lower_bound=10)
     flags.DEFINE_integer("records", 300_000, "Records of the speed measurement.", lower_bound=1)
-    flags.DEFINE_string("out", str(RESULT), "The result file.")
+    flags.DEFINE_string("out", str(machine.RESULTS / "packing.json"), "The result file.")
     command.run(main)
