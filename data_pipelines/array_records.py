@@ -51,8 +51,12 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Record:
         number = self._find(index)
         row = index - (self._ends[number - 1] if number else 0)
-        return read_record(self._reader(number), row, mode=self._mode, limits=self._limits,
-                           place=f"{self.files[number]} record {row}")
+        place = f"{self.files[number]} record {row}"
+        try:
+            reader = self._reader(number)
+        except ValueError as error:  # of many records; each is lost, and counts
+            raise ValueError(f"{place} cannot be read: {error}") from error
+        return read_record(reader, row, mode=self._mode, limits=self._limits, place=place)
 
     def fetch(self, indices: Iterable[int]) -> None:
         """Brings the files of these records to this host, if the data set was staged without them."""

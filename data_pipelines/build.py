@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from data_pipelines import command
-from data_pipelines.config import BuildConfig, DataConfig, from_config_dict
+from data_pipelines.config import BuildConfig, from_config_dict
 from data_pipelines.digests import MANIFEST
 from data_pipelines.shapes.build import build
 
@@ -44,15 +44,12 @@ def main(values: Any) -> None:
 
 def _convert(values: Any) -> tuple[bool, int, int]:
     from data_pipelines.conversion import convert  # TFDS takes long to import
-    if "data" not in values.config:
-        raise ValueError("the configuration has no field `data`, whose transforms decide what records cost; "
-                         "name one for training, like configs/irgl_stage1.py")
+    config = command.data_of(values.config)
     if not values.tokenizer:
         raise ValueError("--tokenizer is missing: name the model's tokenizer.json, which counts the tokens")
     written = convert(
-        values.source, out=values.out, config=from_config_dict(DataConfig, values.config.data, path="data"),
-        tokenizer=values.tokenizer, overwrite=values.overwrite, drop_bad=values.drop_bad, decode=values.decode,
-        workers=values.workers, shard_mib=values.shard_mib)
+        values.source, out=values.out, config=config, tokenizer=values.tokenizer, overwrite=values.overwrite,
+        drop_bad=values.drop_bad, decode=values.decode, workers=values.workers, shard_mib=values.shard_mib)
     modes = json.loads((pathlib.Path(values.out) / MANIFEST).read_text(encoding="utf-8"))["modes"]
     return written, sum(mode["records"] for mode in modes.values()), len(modes)
 

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from data_pipelines import command
 from data_pipelines.array_records import list_shards, open_shard, read_record
-from data_pipelines.config import DataConfig, GroupConfig, from_config_dict
+from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.costs import CostTable, find_oversize
 from data_pipelines.datasets import find_kind, make_parser
 from data_pipelines.digests import (
@@ -37,7 +36,7 @@ from data_pipelines.digests import (
 )
 from data_pipelines.faults import find_cause
 from data_pipelines.inspection import find_faults, group_of, limits_of, measure_record, open_tokenizer
-from data_pipelines.jobs import default_workers, run_jobs
+from data_pipelines.jobs import default_workers, run_jobs, show_progress
 from data_pipelines.layout import Group, find_groups
 from data_pipelines.lines import Line, find_lines, read_line
 from data_pipelines.records import ImagePart, Record
@@ -98,7 +97,7 @@ def check(root: str | pathlib.Path, wish: Wish, *, digests: str | pathlib.Path =
              for file in _list_files(group, wish, None if wish.write else digests, faults[group.path])]
     found: dict[str, FileDigest] = {}
     size = sum(file.path.stat().st_size for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
+    with show_progress(total=size, desc="check", unit="B", unit_scale=True) as progress:
         for index, checked in run_jobs(check_file, files, workers=workers or default_workers()):
             file = files[index]
             faults[file.home] += checked.faults
@@ -254,7 +253,7 @@ def describe(groups: Mapping[str, Checked]) -> Iterator[str]:
 def main(values: Any) -> None:
     config = DataConfig(source=values.dir, groups=(GroupConfig("any"),))
     if values.config is not None:
-        config = from_config_dict(DataConfig, values.config.data, path="data")
+        config = command.data_of(values.config)
     start = time.monotonic()
     groups = check(values.dir, Wish(config, values.tokenizer or "", values.decode, values.write),
                    digests=values.digests or "", workers=values.workers)
@@ -262,8 +261,9 @@ def main(values: Any) -> None:
     total = sum((Counter(checked.counts) for checked in groups.values()), Counter())
     faults = sum(len(checked.faults) for checked in groups.values())
     seconds = time.monotonic() - start
-    print(f"{total['records']:,} records, {faults} faults, {total['file_bytes'] / 2**30:.2f} GiB in "
-          f"{seconds:.1f} s")
+    size = total["file_bytes"] / 2**30
+    print(f"{total['records']:,} records, {faults} faults, {size:.2f} GiB in {seconds:.1f} s "
+          f"({seconds / max(size, 1e-9):.0f} s a GiB)")
     if faults:
         raise ValueError(f"{faults} faults in {values.dir!r}, listed above"
                          + ("; no digests were written" if values.write else ""))

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from data_pipelines.config import load_config
+from data_pipelines.config import DataConfig, from_config_dict, load_config
 
 _OVERRIDE = re.compile(r"--?config\.([\w.\-]+)(?:=(.*))?", re.DOTALL)
 
@@ -20,6 +20,14 @@ def define_config(help_text: str) -> None:
     is refused where the ConfigDict is converted (`from_config_dict`).
     """
     flags.DEFINE_string("config", None, f"{help_text} --config.x.y=value overrides a field.")
+
+
+def data_of(config: Any) -> DataConfig:
+    """The data of a training configuration. Raises: ValueError if it has none, or they are wrong."""
+    if "data" not in config:
+        raise ValueError("the config has no field data, whose mixture, transforms and limits count here; give "
+                         "the config of a training stage, like configs/irgl_stage1.py")
+    return from_config_dict(DataConfig, config.data, path="data")
 
 
 def run(main: Callable[[Any], None]) -> None:

@@ -284,7 +284,7 @@ class BuildConfig:
     seed: int = 0
     side: int = 64                  # pixels of the square images
     num_heldout_prompts: int = 300
-    drafts: str = ""                # of `python -m irg_jax.draft`: first images of improving records; "": rendered
+    drafts: str = ""                # of `irg_jax.draft`: first images of improving records; "": rendered
     rows_per_file: int = 1000
     rows_per_group: int = 16        # small row groups keep random access cheap
 

@@ -6,6 +6,8 @@ what it holds is noted beside it; a later run reads it once, compares its digest
 appears in DIR before everything is written and every record was found to be good.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -16,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python import array_record_module
-from tqdm import tqdm
 
 from data_pipelines import tfds_builder
 from data_pipelines.config import DataConfig, GroupConfig
@@ -28,7 +29,7 @@ from data_pipelines.inspection import (
     open_tokenizer,
     read_conversation,
 )
-from data_pipelines.jobs import default_workers, run_jobs
+from data_pipelines.jobs import default_workers, run_jobs, show_progress
 from data_pipelines.layout import Group, find_groups
 from data_pipelines.manifests import is_built, list_files, partial_folder, publish
 from data_pipelines.samples import Cost
@@ -85,25 +86,25 @@ def convert(source: str | pathlib.Path, *, out: str | pathlib.Path, config: Data
     if is_built(out, wanted, overwrite=overwrite):
         shutil.rmtree(progress, ignore_errors=True)
         return False
-    if not _is_begun(progress, wanted):
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(progress, ignore_errors=True)
-        progress.mkdir(parents=True)
-        write_json(progress / _PLAN, wanted)
-    shards = {group.path: _plan_shards(group, rows[group.path], out, config, tokenizer, decode, shard_mib)
-              for group in groups}
-    written = _write_all(shards, workers or default_workers())
-    faults = [fault for group in written.values() for shard in group for fault in shard.faults]
-    if faults and not drop_bad:
-        raise ValueError("\n".join([f"{len(faults)} faults in {str(source)!r}; repair the data, or pass "
-                                    "--drop_bad to leave these records out:", *faults]))
-    modes = {group.path: _finish(group, partial / group.path, shards[group.path], written[group.path],
-                                 wanted["costs"][group.path]) for group in groups}
-    digests = {shard.path.relative_to(partial).as_posix(): done.sha256
-               for path in shards for shard, done in zip(shards[path], written[path], strict=True)}
-    _write_manifest(partial, wanted | {"modes": modes, "left_out": faults}, digests)
-    publish(out)
-    shutil.rmtree(progress)
+    with _alone(progress, out):
+        if not _is_begun(progress, wanted):
+            _clear(partial)
+            _clear(progress)
+            write_json(progress / _PLAN, wanted)
+        shards = {group.path: _plan_shards(group, rows[group.path], out, config, tokenizer, decode, shard_mib)
+                  for group in groups}
+        written = _write_all(shards, workers or default_workers())
+        faults = [fault for group in written.values() for shard in group for fault in shard.faults]
+        if faults and not drop_bad:
+            raise ValueError("\n".join([f"{len(faults)} faults in {str(source)!r}; repair the data, or pass "
+                                        "--drop_bad to leave these records out:", *faults]))
+        modes = {group.path: _finish(group, partial / group.path, shards[group.path], written[group.path],
+                                     wanted["costs"][group.path]) for group in groups}
+        digests = {shard.path.relative_to(partial).as_posix(): done.sha256
+                   for path in shards for shard, done in zip(shards[path], written[path], strict=True)}
+        _write_manifest(partial, wanted | {"modes": modes, "left_out": faults}, digests)
+        publish(out)
+        shutil.rmtree(progress)
     return True
 
 
@@ -217,6 +218,26 @@ def _progress_folder(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f".{out.name}.progress")
 
 
+@contextlib.contextmanager
+def _alone(progress: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+    """Raises: ValueError if another process is writing the same data set."""
+    progress.mkdir(parents=True, exist_ok=True)
+    folder = os.open(progress, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another build is writing {str(out)!r}; wait until it has ended") from error
+    finally:
+        os.close(folder)
+
+
+def _clear(folder: pathlib.Path) -> None:
+    """Removes all that a folder holds, and not the folder, which may be locked."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _is_begun(progress: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
     try:
         return json.loads((progress / _PLAN).read_text(encoding="utf-8")) == wanted
@@ -254,7 +275,7 @@ def _write_all(shards: Mapping[str, Sequence[Shard]], workers: int) -> dict[str,
     jobs = [shards[path][i] for path, i in places]
     done: dict[tuple[str, int], Written] = {}
     total = sum(row.num_rows for job in jobs for row in job.rows)
-    with tqdm(total=total, unit="record", disable=None) as progress:
+    with show_progress(total=total, desc="build", unit="record") as progress:
         for index, result in run_jobs(write_shard, jobs, workers=workers):
             done[places[index]] = result
             progress.update(sum(row.num_rows for row in jobs[index].rows))

@@ -40,8 +40,8 @@ def open_source(config: DataConfig, group: GroupConfig) -> Source:
     if (folder / INFO).is_file() and group.kind == "conversation":
         return ArrayRecordSource(folder, mode=group.name, limits=limits)
     _check_kind(folder, group)
-    rows = (JsonLines(folder) if group.kind == "vision_language" else
-            ParquetRows(folder, COLUMNS[group.kind], cache_mib=config.cache_mib))
+    rows = (JsonLines(folder, digests=config.digests) if group.kind == "vision_language" else
+            ParquetRows(folder, COLUMNS[group.kind], cache_mib=config.cache_mib, digests=config.digests))
     return _Parsed(rows, make_parser(group.kind, folder, mode=group.name, limits=limits))
 
 

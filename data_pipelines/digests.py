@@ -134,13 +134,21 @@ def group_sha256(path: pathlib.Path, metadata: pyarrow.parquet.FileMetaData, gro
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """A reader of `path` sees the old text or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _entries(places: Sequence[tuple[pathlib.Path, int]], folder: pathlib.Path, suffix: str, *,

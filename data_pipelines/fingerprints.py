@@ -11,8 +11,8 @@ from data_pipelines.costs import CostTable
 from data_pipelines.tokenizer import Tokenizer
 
 # What may change between two runs that resume one another: how the same batches are read.
-_READING = ("source", "stage_dir", "stage_steps", "workers", "read_threads", "prefetch", "cache_mib",
-            "index_dir", "max_bad_share", "accept_changed_data")
+_READING = ("source", "digests", "stage_dir", "stage_steps", "workers", "read_threads", "prefetch",
+            "cache_mib", "index_dir", "max_bad_share", "accept_changed_data")
 
 
 def describe_data(config: DataConfig, tokenizer: Tokenizer, tables: Mapping[str, CostTable],

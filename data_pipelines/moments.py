@@ -22,6 +22,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_pipelines.config import DataConfig, GroupConfig
+from data_pipelines.digests import write_json
 from data_pipelines.records import ImagePart, Record
 
 MANIFEST = "moments.json"
@@ -144,9 +145,7 @@ def write_manifest(folder: pathlib.Path, inputs: Mapping[str, Any], *, shard: in
         if missing:
             raise ValueError(f"{folder / name} lacks {', '.join(missing)}; run python -m irg_jax.moments again")
         groups[name] = inputs["groups"][name] | {"files": sizes}
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(dict(inputs) | {"groups": groups}, indent=1), encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    write_json(folder / MANIFEST, dict(inputs) | {"groups": groups})
 
 
 def read_manifest(folder: str | pathlib.Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ carries its pictures in itself and opens anywhere. Without --config it shows rec
 """
 
 import dataclasses
-import os
 import pathlib
 import shlex
 import sys
@@ -18,8 +17,9 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines import command
-from data_pipelines.config import DataConfig, from_config_dict
+from data_pipelines.config import DataConfig
 from data_pipelines.datasets import open_source
+from data_pipelines.digests import write_text
 from data_pipelines.pipeline import Packs
 from data_pipelines.show_page.modes import NUM_PROBED, find_groups, is_shapes, probe_sources, view_tables
 from data_pipelines.show_page.packs import view_pack
@@ -84,9 +84,7 @@ def _read_config(folder: pathlib.Path, config: Any, seed: int | None) -> tuple[D
         return find_groups(folder), ""
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is not a folder; give the folder of a data set")
-    if "data" not in config:
-        raise ValueError("the config has no field data; give the config of a training stage")
-    data = dataclasses.replace(from_config_dict(DataConfig, config.data, path="data"), source=str(folder))
+    data = dataclasses.replace(command.data_of(config), source=str(folder))
     return data if seed is None else dataclasses.replace(data, seed=seed), str(config.get("init_from", ""))
 
 
@@ -99,17 +97,6 @@ def _find_tokenizer(folder: pathlib.Path, init_from: str) -> pathlib.Path | None
     return next((path for path in candidates if path.is_file()), None)
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """A reader of `path` sees the old page or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(values: Any) -> None:
     folder = pathlib.Path(values.dir).resolve()
     out = pathlib.Path(values.out or folder.parent / f"{folder.name}_show.html")
@@ -118,7 +105,7 @@ def main(values: Any) -> None:
     text = show(folder, config=values.config, tokenizer=values.tokenizer, num_records=values.records,
                 num_packs=values.packs, seed=values.seed)
     try:
-        write_atomically(out, text)
+        write_text(out, text)
     except OSError as error:
         raise ValueError(f"{str(out)!r} cannot be written ({error.strerror}); choose another --out") from error
     print(f"wrote {out} ({format_bytes(out.stat().st_size)})")

@@ -88,7 +88,12 @@ class ParquetRows:
             raise IndexError(index)
         number = bisect.bisect_right(self._ends, index)
         group = self._groups[number]
-        return read_row(self._read(number), group, index - (self._ends[number] - group.num_rows))
+        offset = index - (self._ends[number] - group.num_rows)
+        try:
+            table = self._read(number)
+        except ValueError as error:  # of many rows; each is a record that is lost, and counts
+            raise ValueError(f"{_place(group, offset)} cannot be read: {error}") from error
+        return read_row(table, group, offset)
 
     def _read(self, number: int) -> pyarrow.Table:
         with self._lock:
@@ -148,11 +153,15 @@ def read_row_group(group: RowGroup, columns: Mapping[str, str]) -> pyarrow.Table
 
 def read_row(table: pyarrow.Table, group: RowGroup, offset: int) -> Row:
     """A row of a row group. Raises: ValueError if a text of it is no Unicode."""
-    place = f"{group.file} row {group.first_row + offset}"
+    place = _place(group, offset)
     try:
         return Row(tuple(column[offset].as_py() for column in table.columns), place)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: the text is damaged (not UTF-8: {error.reason})") from error
+
+
+def _place(group: RowGroup, offset: int) -> str:
+    return f"{group.file} row {group.first_row + offset}"
 
 
 def open_parquet(path: pathlib.Path) -> pyarrow.parquet.ParquetFile:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from data_pipelines import command
 from data_pipelines.config import DataConfig
 from data_pipelines.digests import MANIFEST, write_json
+from data_pipelines.jobs import show_progress
 from data_pipelines.layout import INFO
 
 _PIECE = 4 * 2**20  # bytes read at a time
@@ -117,7 +118,7 @@ def _copy_all(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], folder: p
         raise ValueError(f"staging {source} takes {total / 2**30:.1f} GiB, but {folder} has "
                          f"{free / 2**30:.1f} GiB left; use a larger disk, or read the mounted bucket "
                          "without stage_dir")
-    with (tqdm(total=total, desc=f"staging {source}", unit="B", unit_scale=True, disable=None) as bar,
+    with (show_progress(total=total, desc=f"staging {source}", unit="B", unit_scale=True) as bar,
           ThreadPoolExecutor(threads) as pool):
         copies = [pool.submit(_copy, system, info, folder / name, digests.get(name), bar)
                   for name, info in files.items()]

@@ -8,13 +8,13 @@ tracker, or, if that was killed with its whole process group, by a shell in a se
 import functools
 import multiprocessing
 import multiprocessing.shared_memory
-import os
 import secrets
 import subprocess
-import threading
 
 import grain
 from absl import flags
+
+from data_pipelines.jobs import end_with_parent
 
 
 def prefetch(steps: grain.MapDataset, *, workers: int, threads: int, batches: int) -> grain.DatasetIterator:
@@ -60,9 +60,4 @@ def _name_shared_memory() -> tuple[str, subprocess.Popen]:
 
 def _start_worker(shared_name: str, index: int, count: int) -> None:
     multiprocessing.shared_memory._SHM_NAME_PREFIX = f"/{shared_name}"
-    threading.Thread(target=_follow_parent, name="follow-parent", daemon=True).start()
-
-
-def _follow_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent is gone, however it ended
-    os._exit(1)
+    end_with_parent()

@@ -181,7 +181,7 @@ def test_the_command(tmp_path):
     (["--config=configs/shapes_data.py", "--config.rows_per_group=0"], "rows_per_group is 0"),
     (["--config=configs/absent.py"], "configs/absent.py"),
     (["--config=configs/shapes_data.py", "--format=array_record"], "shapes is written as parquet"),
-    (["--config=configs/shapes_data.py", "--format=array_record", "--source=."], "has no field `data`"),
+    (["--config=configs/shapes_data.py", "--format=array_record", "--source=."], "has no field data"),
     (["--config=configs/irgl_stage1.py", "--format=array_record", "--source=."], "--tokenizer is missing"),
 ])
 def test_mistakes_are_a_sentence_and_an_exit_code(tmp_path, arguments, message):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data_cases import conversation, data_config, image_part, tokenizer, write_data_set, write_rows
+from data_pipelines import conversion
 from data_pipelines.array_records import ArrayRecordSource
 from data_pipelines.config import GroupConfig, ImageTransform
 from data_pipelines.conversion import convert
@@ -211,6 +212,17 @@ def test_all_files_that_cannot_be_read_are_listed(made, tmp_path):
         "a.parquet:", "b.parquet:", "c.parquet:"]
     with pytest.raises(ValueError, match="holds neither"):
         run(made, tmp_path / "data", source=tmp_path / "source" / "full")
+
+
+def test_two_builds_of_one_data_set_do_not_mix(made, tmp_path, monkeypatch):
+    write = conversion.write_shard
+    def write_and_build_again(shard):
+        with pytest.raises(ValueError, match="another build is writing .*data'; wait"):
+            run(made, tmp_path / "data")
+        return write(shard)
+    monkeypatch.setattr(conversion, "write_shard", write_and_build_again)
+    assert run(made, tmp_path / "data")
+    assert contents(tmp_path / "data") == contents(made / "whole")
 
 
 def die(job: int) -> int:

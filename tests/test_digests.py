@@ -147,6 +147,9 @@ def test_digests_may_lie_elsewhere(plain, tmp_path):
         read_all(plain / "think", digests=elsewhere)
     files = sorted((plain / "think").iterdir())
     assert len(read_recorded(plain / "think", files, digests=elsewhere).files) == 2
+    config = data_config(source=str(plain), split="", groups=(GroupConfig("think"),), digests=str(elsewhere))
+    with pytest.raises(ValueError, match="row 0 cannot be read: .* rows 0 to 2 are damaged"):
+        open_source(config, config.groups[0])[0]
 
 
 def test_records_of_a_broken_data_set_are_not_written(plain):

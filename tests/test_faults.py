@@ -109,6 +109,21 @@ def test_broken_pixels_end_the_iteration_with_their_name(tmp_path):
     iterator.close()
 
 
+def test_every_record_of_a_damaged_piece_counts(tmp_path, caplog):
+    """A row group that cannot be read is as many lost records as it has rows, not one."""
+    config = data_with(tmp_path, good=12, kind="think", max_bad_share=0.4)
+    path = tmp_path / "train" / "full" / "0000.parquet"
+    data = bytearray(path.read_bytes())
+    data[60] ^= 1
+    path.write_bytes(data)
+    iterator = make_iterator(config, TOKENIZER)
+    assert iterator.counters == {"bad_records": 4, "bad_damage": 4, "oversize_records": 0}
+    assert [caplog.text.count(f"row {row} cannot be read") for row in range(5)] == [1, 1, 1, 1, 0]
+    iterator.close()
+    with pytest.raises(ValueError, match="row 2 cannot be read: .* rows 0 to 3 are damaged.*more than the 2"):
+        make_iterator(dataclasses.replace(config, max_bad_share=0.2), TOKENIZER)
+
+
 def test_a_broken_record_is_replaced_by_the_next_that_fits(tmp_path):
     """Rows: 0 too large for the room, 1 fits, 2 broken (also fits), 3 too large, 4 broken, 5 too large."""
     image = encode_image(NOISE)

@@ -151,6 +151,20 @@ def test_no_flipped_byte_is_read(made, tmp_path):
     assert raised > 60
 
 
+def test_opening_reads_no_shard(made, tmp_path):
+    """Shards of zeros, each of its size: the start notices nothing, the first read does."""
+    folder = tmp_path / "data"
+    shutil.copytree(made / "built", folder)
+    for shard in folder.rglob("*.array_record-*"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    source = open_source(dataclasses.replace(CONFIG, source=str(folder)), CONFIG.groups[0])
+    whole = open_source(dataclasses.replace(CONFIG, source=str(made / "built")), CONFIG.groups[0])
+    assert (len(source), source.digest) == (len(whole), whole.digest)
+    for row in range(2):
+        with pytest.raises(ValueError, match=f"record {row} cannot be read: .* is damaged"):
+            source[row]
+
+
 def test_damage_names_the_record_and_spares_the_others(made, tmp_path):
     folder = tmp_path / "full"
     shutil.copytree(made / "built" / "train" / "full", folder)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 from data_pipelines import images
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.datasets import Source, open_source
+from data_pipelines.digests import write_text
 from data_pipelines.moments import Layout, describe, read_manifest, vae_parts, write_manifest, write_shard
 from data_pipelines.samples import Kind, image_rule
 from irg_jax.checkpoints import names
@@ -127,10 +127,7 @@ def claim(out: pathlib.Path, inputs: dict[str, Any]) -> None:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} holds moments of other data or another autoencoder; choose another --out, or "
                          "remove it")
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".inputs.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def encode_records(source: Source, indices: range, group: GroupConfig, config: DataConfig,
