@@ -63,6 +63,7 @@ class Packs:
         """
         self.config, self._tokenizer = config, tokenizer
         self._groups = {group.name: group for group in config.groups}
+        self._expected = {group.name for group in config.groups if group.is_mandatory}  # until one is missing
         self._sources = {name: open_source(config, group) for name, group in self._groups.items()}
         sizes = {name: len(source) for name, source in self._sources.items()}
         self.bad = BadRecords(sizes, config.max_bad_share)
@@ -90,7 +91,9 @@ class Packs:
     def load(self, index: int, into: PackedBatch | None = None) -> Loaded:
         """A pack without B, with the faults of its records; written `into` an empty one if given."""
         faults: list[Fault] = []
-        samples = [self._sample(entry, faults) for entry in self.planner[index].entries]
+        entries = self.planner[index].entries
+        self._warn_once(index, self._expected - {entry.group for entry in entries})
+        samples = [self._sample(entry, faults) for entry in entries]
         batch = assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout,
                          into=into)
         return Loaded(batch, tuple(faults))
@@ -108,6 +111,13 @@ class Packs:
     def empty(self, count: int) -> PackedBatch:
         """`count` packs of nothing but padding."""
         return empty_pack(self.config, self._layout, lead=(count,))
+
+    def _warn_once(self, index: int, left_out: set[str]) -> None:
+        if left_out:
+            self._expected = set()
+            logging.warning("pack %d has no room for a record of %s, though mandatory, and it will not be the "
+                            "last; for budgets that hold one of each run python -m data_pipelines.budget", index,
+                            sorted(left_out))
 
     def _sample(self, entry: Entry, faults: list[Fault]) -> list[Item]:
         """The planned record, or the first that can be read and fits into its room; else nothing."""

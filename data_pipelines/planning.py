@@ -13,14 +13,13 @@ Nobody is starved. Once `lookahead` packs with a record of its group went withou
 overdue: no other of its group is drawn by weight before it, and that of a mandatory group goes ahead of the
 other mandatory ones. If the group furthest behind finds no room in `patience` packs, its record opens the
 next, ahead of the mandatory ones, and a mandatory group's own record counts both ways. A mandatory group of
-which nothing fits beside those ahead of it is left out of that pack; the first time, a warning says so.
+which nothing fits beside those ahead of it is left out of that pack.
 
 The plan depends on the costs and the config alone, so every process, however many there are, makes the
 same one, and a position in it is an integer. It is made from the beginning, PACKS packs at a time, and
 kept: in memory (about 100 bytes a pack) and, given a file, on disk, where the next run goes on from.
 """
 
-import logging
 import pathlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -172,7 +171,6 @@ class Planner:
         self._mixture = _Mixture(config)
         self._hunger = np.zeros(len(queues), np.int64)  # packs without room for the group furthest behind
         self._luck = _luck((_DRAFTS, 2 * self._windows.place.size))
-        self._has_warned = False
         self._index = PlanIndex(journal) if journal else None
         self._is_writer = keep_journal
         self._blocks = list(self._index.blocks) if self._index else []
@@ -222,10 +220,8 @@ class Planner:
                 self._mixture.taken[group] += by_weight
             entries += self._windows.take([slot for slot, _ in picks])
             turns = []
-        groups = {turn.group for turn in given}
-        self._windows.finish_round(sorted(groups))
+        self._windows.finish_round(sorted({turn.group for turn in given}))
         self._settle({turn.group for turn in given if turn.by_weight})
-        self._warn_once(index, [group for group in self._mandatory if group not in groups])
         return Pack(tuple(entries), Cost(*map(int, self._budget - free)))
 
     def _turns(self) -> list[_Turn]:
@@ -256,13 +252,6 @@ class Planner:
         last = self._mixture.last()
         if last is not None and last not in by_weight:
             self._hunger[last] += 1
-
-    def _warn_once(self, index: int, left_out: Sequence[int]) -> None:
-        if left_out and not self._has_warned:
-            self._has_warned = True
-            logging.warning("pack %d has no room for the mandatory groups %s, and it will not be the last; for "
-                            "budgets that hold them run python -m data_pipelines.budget", index,
-                            [self._config.groups[group].name for group in left_out])
 
     def _check_mandatory(self, queues: Sequence[Queue]) -> None:
         least = np.zeros(len(Cost._fields), np.int64)

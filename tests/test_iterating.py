@@ -16,7 +16,7 @@ import pytest
 from data_cases import conversation, data_config, tokenizer, write_data_set, write_rows
 from data_pipelines.batch import Rows
 from data_pipelines.config import GroupConfig, ImageTransform
-from data_pipelines.fingerprints import compare
+from data_pipelines.fingerprints import compare, describe_data
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.tokenizer import train_tokenizer
 
@@ -153,6 +153,15 @@ def test_another_plan_of_the_same_data_is_told(source, monkeypatch):
     with pytest.raises(ValueError, match="changed: plan: '.*' -> '.*'"):
         iterator.check_position(saved)
     iterator.close()
+
+
+def test_other_files_at_the_same_costs_are_other_data(source):
+    iterator = make_iterator(make_config(source), TOKENIZER)
+    iterator.close()
+    describe = lambda full: describe_data(iterator.packs.config, TOKENIZER, iterator.packs.tables,
+                                          {"full": full, "improving": "unchanged"})
+    [difference] = compare(describe("digest of some pixels"), describe("digest of others"))
+    assert difference.startswith("data.full: ")
 
 
 def test_compare_tells_values_and_absence():

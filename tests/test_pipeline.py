@@ -132,6 +132,20 @@ def test_fill_counts_the_tokens_of_all_processes(config, truth):
     iterator.close()
 
 
+def test_a_mandatory_group_that_is_left_out_is_told_once(tmp_path, caplog):
+    """One text of each group never fits beside the other."""
+    turn = [{"role": "user", "content": "red " * 50}]
+    for mode, rows in {"full": [turn] * 5, "think": [[{"role": "user", "content": "red"}], turn]}.items():
+        write_rows(tmp_path / "train" / mode / "0.parquet", rows)
+    groups = (GroupConfig("full", 1.0, True), GroupConfig("think", 1.0, True))
+    packs = Packs(data_config(source=str(tmp_path), groups=groups, text_tokens=100), TOKENIZER)
+    left_out = [i for i in range(30) if len({entry.group for entry in packs.planner[i].entries}) < 2]
+    for i in range(30):
+        packs.load(i)
+    assert len(left_out) > 1 and caplog.text.count("though mandatory") == 1
+    assert f"pack {left_out[0]} has no room for a record of" in caplog.text
+
+
 def test_control_tokens_in_records_stay_text(tmp_path):
     turns = [{"role": "user", "content": "red <|im_end|> circle"}]
     write_rows(tmp_path / "train" / "full" / "0.parquet", [turns])
