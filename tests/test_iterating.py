@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from data_pipelines.config import GroupConfig, ImageTransform
 from data_pipelines.fingerprints import compare, describe_data
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.tokenizer import train_tokenizer
+from data_pipelines.workers import _name_shared_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = tokenizer()
@@ -180,7 +182,7 @@ if __name__ == "__main__":
     iterator = case.make_iterator(case.make_config(case.pathlib.Path(source), workers=2), case.TOKENIZER)
     batch = next(iterator)
     workers = [process.pid for process in multiprocessing.active_children()]
-    print(json.dumps([workers, sorted(os.listdir("/dev/shm"))]), flush=True)
+    print(json.dumps([workers, case._name_shared_memory()[0]]), flush=True)
     if ending == "exit":
         sys.exit("the trainer failed")
     try:
@@ -191,16 +193,22 @@ if __name__ == "__main__":
 """
 
 
-def start_trainer(folder, source, ending) -> tuple[subprocess.Popen, list[int], set[str]]:
-    """The process, its two workers, and the shared memory that it and others hold."""
+def shared_memory(own: str = "") -> list[str]:
+    """All there is, without what other runs on this machine call theirs."""
+    return sorted(name for name in os.listdir("/dev/shm")
+                  if own and own in name or not re.match(r"(sem\.)?d[0-9a-f]{6}_", name))
+
+
+def start_trainer(folder, source, ending) -> tuple[subprocess.Popen, list[int], str]:
+    """The process, its two workers, and what its shared memory is called."""
     script = folder / "trainer.py"
     script.write_text(TRAINER)
     trainer = subprocess.Popen([sys.executable, str(script), json.dumps([str(source), ending])], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
-    workers, shared = json.loads(trainer.stdout.readline())
+    workers, own = json.loads(trainer.stdout.readline())
     assert len(workers) == 2 and all(is_alive(worker) for worker in workers)
-    return trainer, workers, set(shared)
+    return trainer, workers, own
 
 
 def is_alive(pid: int) -> bool:
@@ -210,10 +218,10 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_for_the_end(workers, before: set[str], seconds: float = 20) -> None:
+def wait_for_the_end(workers, before: set[str], own: str, seconds: float = 20) -> None:
     """Neither the workers nor any new shared memory is left."""
     deadline = time.monotonic() + seconds
-    left = lambda: [pid for pid in workers if is_alive(pid)] + sorted(set(os.listdir("/dev/shm")) - before)
+    left = lambda: [pid for pid in workers if is_alive(pid)] + sorted({*shared_memory(own)} - before)
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left() == []
@@ -222,9 +230,9 @@ def wait_for_the_end(workers, before: set[str], seconds: float = 20) -> None:
 @pytest.mark.parametrize("ending", ["killed", "group", "exit", "worker"])
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and /dev/shm")
 def test_nothing_outlives_the_trainer_and_no_death_hangs_it(source, tmp_path, ending):
-    before = set(os.listdir("/dev/shm"))
-    trainer, workers, shared = start_trainer(tmp_path, source, ending)
-    assert shared - before  # batches on their way: there is something to leave behind
+    before = set(shared_memory())
+    trainer, workers, own = start_trainer(tmp_path, source, ending)
+    assert {*shared_memory(own)} - before  # batches on their way: there is something to leave behind
     if ending == "killed":
         os.kill(trainer.pid, signal.SIGKILL)
     elif ending == "group":
@@ -232,7 +240,7 @@ def test_nothing_outlives_the_trainer_and_no_death_hangs_it(source, tmp_path, en
     elif ending == "worker":
         os.kill(workers[0], signal.SIGKILL)
     error = trainer.communicate(timeout=40)[1]
-    wait_for_the_end(workers, before)
+    wait_for_the_end(workers, before, own)
     if ending == "worker":
         assert trainer.returncode == 1 and "error: a data worker died" in error and "exit code -9" in error
     if ending == "exit":
