@@ -17,7 +17,7 @@ which nothing fits beside those ahead of it is left out of that pack.
 
 The plan depends on the costs and the config alone, so every process, however many there are, makes the
 same one, and a position in it is an integer. It is made from the beginning, PACKS packs at a time, and
-kept: in memory (about 100 bytes a pack) and, given a file, on disk, where the next run goes on from.
+kept: in memory (about 150 bytes a pack) and, given a file, on disk, where the next run goes on from.
 """
 
 import pathlib
