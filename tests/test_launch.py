@@ -15,7 +15,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 MODULES = ("irg_jax.convert", "data_pipelines.build", "irg_jax.train", "irg_jax.generate",
-           "irg_jax.evaluate", "irg_jax.export", "irg_jax.report")
+           "irg_jax.evaluate", "irg_jax.export", "irg_jax.report", "irg_jax.draft", "irg_jax.moments")
 # Logs its arguments; does what the environment says: fails, or waits with a child of its own.
 COMMAND = """
 import os, subprocess, sys, time
@@ -101,19 +101,19 @@ def test_job_runs_the_public_commands_in_order(house):
     assert code == 0, output
     lines = logged(house)
     assert [line.split()[0] for line in lines] == [
-        "convert", "build", "train", "train", "generate", "evaluate", "export", "report"]
+        "convert", "draft", "build", "moments", "train", "train", "generate", "evaluate", "export", "report"]
     assert lines[0] == "convert --source assets/shapes_base --target runs/a b/base"
-    assert "--config configs/shapes_stage1.py --workdir runs/a b" in lines[2]
-    assert "--prompt two red circles left of a blue square" in lines[4]
+    assert "--config configs/shapes_stage1.py --workdir runs/a b" in lines[4]
+    assert "--prompt two red circles left of a blue square" in lines[6]
     assert not any(":quick" in line for line in lines)
-    assert "step 3 of 8: stage1" in output and "left)" in output
+    assert "step 5 of 10: stage1" in output and "left)" in output
     assert "-m irg_jax.convert --source assets/shapes_base --target 'runs/a b/base'" in output
 
 
 def test_quick_takes_every_quick_config(house):
     run(house, "--quick")
     with_config = [line for line in logged(house) if "--config " in line]
-    assert len(with_config) == 5
+    assert len(with_config) == 7
     assert all(".py:quick" in line for line in with_config)
 
 
@@ -146,8 +146,8 @@ def test_foreign_folder_is_left_alone(house):
 def test_failure_stops_the_job_with_its_status(house):
     code, output = run(house, "--quick", FAIL="build")
     assert code == 7
-    assert [line.split()[0] for line in logged(house)] == ["convert", "build"]
-    assert "step 2 of 8: data failed" in output and "exit status 7" in output
+    assert [line.split()[0] for line in logged(house)] == ["convert", "draft", "build"]
+    assert "step 3 of 10: data failed" in output and "exit status 7" in output
     assert "bash launch/local.sh --quick --out runs/shapes" in output
     assert run(house, "--quick")[0] == 0  # and that line resumes
 
@@ -161,7 +161,7 @@ def test_seconds_add_up_over_runs(house):
     assert run(house, "--quick")[0] == 0
     timings = json.loads(path.read_text())
     peaks = timings.pop("peak_rss_gib")
-    assert set(timings) == set(peaks) == {"convert", "data", "stage1", "stage2", "generate",
+    assert set(timings) == set(peaks) == {"convert", "drafts", "data", "moments", "stage1", "stage2", "generate",
                                           "evaluate", "export", "report"}
     assert 100 < timings["convert"] < 130
     assert all(0.001 < peak < 1 for peak in peaks.values())
@@ -174,7 +174,7 @@ def test_export_is_made_again_only_after_a_new_checkpoint(house):
     (out / "export").mkdir()
     os.utime(out / "stage2" / "checkpoints", (1, 1))
     (house / "log.txt").unlink()
-    assert "step 7 of 8: export is up to date" in run(house, "--quick")[1]
+    assert "step 9 of 10: export is up to date" in run(house, "--quick")[1]
     assert not any(line.startswith("export") for line in logged(house))
     os.utime(out / "export", (0, 0))
     assert run(house, "--quick")[0] == 0
@@ -189,7 +189,8 @@ def test_interrupt_ends_command_and_its_children(house, number):
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert "to resume" in output and "Traceback" not in output
-    assert [line.split()[0] for line in logged(house)] == ["convert", "build", "train"]
+    assert [line.split()[0] for line in logged(house)] == [
+        "convert", "draft", "build", "moments", "train"]
     assert not is_running(int((house / "child.txt").read_text()))
     assert "stage1" in json.loads((house / "runs" / "shapes" / "timings.json").read_text())
 
