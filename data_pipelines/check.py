@@ -180,8 +180,11 @@ def _read_lines(file: File, faults: list[str]) -> Iterator[Record]:
         faults.append(f"{file.path}: group {file.group.name!r} is of kind {file.group.kind!r}, which is read "
                       "from parquet; set its kind to 'vision_language'")
         return
+    if file.recorded and file_sha256(file.path) != file.recorded.footer:
+        faults.append(f"{file.path} is damaged, or was changed since its digest was written; restore it, or pass "
+                      "--write if all is well")
     try:
-        spans = find_lines(file.path, file.recorded.footer if file.recorded else "")
+        spans = find_lines(file.path)
     except ValueError as error:
         faults.append(str(error))
         return
@@ -262,8 +265,8 @@ def main(values: Any) -> None:
     faults = sum(len(checked.faults) for checked in groups.values())
     seconds = time.monotonic() - start
     size = total["file_bytes"] / 2**30
-    print(f"{total['records']:,} records, {faults} faults, {size:.2f} GiB in {seconds:.1f} s "
-          f"({seconds / max(size, 1e-9):.0f} s a GiB)")
+    rate = f" ({seconds / size:.0f} s a GiB)" if size > 0.1 else ""  # of less, starting takes longest
+    print(f"{total['records']:,} records, {faults} faults, {size:.2f} GiB in {seconds:.1f} s{rate}")
     if faults:
         raise ValueError(f"{faults} faults in {values.dir!r}, listed above"
                          + ("; no digests were written" if values.write else ""))

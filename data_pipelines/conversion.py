@@ -109,10 +109,18 @@ def convert(source: str | pathlib.Path, *, out: str | pathlib.Path, config: Data
 
 
 def write_shard(shard: Shard) -> Written:
-    """Writes a shard and notes what it holds, or returns the notes of one that is whole already."""
-    done = _read_notes(shard)
-    if done:
-        return done
+    """Writes a shard and notes what it holds, or returns the notes of one that is whole already.
+
+    Raises: ValueError if the disk does not take it.
+    """
+    try:
+        return _read_notes(shard) or _write_shard(shard)
+    except (OSError, RuntimeError) as error:  # Riegeli raises the latter
+        raise ValueError(f"{shard.path} cannot be written ({str(error).splitlines()[0]}); make room, and the same "
+                         "command goes on where this one ended") from error
+
+
+def _write_shard(shard: Shard) -> Written:
     serialize, tokenizer = tfds_builder.make_serializer(), open_tokenizer(shard.tokenizer)
     temporary = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.tmp")
     faults: list[str] = []

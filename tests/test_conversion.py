@@ -225,6 +225,31 @@ def test_two_builds_of_one_data_set_do_not_mix(made, tmp_path, monkeypatch):
     assert contents(tmp_path / "data") == contents(made / "whole")
 
 
+def test_a_full_disk_is_a_sentence_and_costs_nothing_that_was_written(made, tmp_path, monkeypatch):
+    class FullDisk:
+        """Takes three shards."""
+        written = 0
+
+        def __init__(self, path, options):
+            self._writer = writer(path, options)
+
+        def write(self, data):
+            if FullDisk.written == 3:
+                raise RuntimeError("write() failed: No space left on device\nmore")
+            self._writer.write(data)
+
+        def close(self):
+            FullDisk.written += 1
+            self._writer.close()
+    writer = conversion.array_record_module.ArrayRecordWriter
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.array_record_module, "ArrayRecordWriter", FullDisk)
+        with pytest.raises(ValueError, match="cannot be written .*No space left on device.; make room"):
+            run(made, tmp_path / "data")
+    assert len(list((tmp_path / ".data.partial").rglob("conv*-of-*"))) == 3
+    assert run(made, tmp_path / "data") and contents(tmp_path / "data") == contents(made / "whole")
+
+
 def die(job: int) -> int:
     if job == 3:
         os.kill(os.getpid(), signal.SIGKILL)
