@@ -8,6 +8,7 @@ torn (the writer was killed) or damaged costs time, never data: it and all behin
 from the state that the block before it ends with, and written over.
 """
 
+import contextlib
 import logging
 import pathlib
 import struct
@@ -36,9 +37,10 @@ class PlanIndex:
     """A file of blocks; `blocks` are those that are whole."""
 
     def __init__(self, path: pathlib.Path):
-        """Reads what is there. Nothing is written before `append`."""
+        """Reads what is there. Nothing is written before `append`. Raises: ValueError if it cannot be read."""
         self._path = path
-        data = path.read_bytes() if path.exists() else b""
+        with _told(path, "read"):
+            data = path.read_bytes() if path.exists() else b""
         self.blocks = list(_parse(data))
         self._size = sum(len(_serialise(number, block)) for number, block in enumerate(self.blocks))
         if self._size < len(data):
@@ -49,15 +51,27 @@ class PlanIndex:
         """Writes the next block, over whatever damage is there.
 
         Two writers of one plan do no harm: they write the same bytes to the same place.
+
+        Raises: ValueError if it cannot be written.
         """
         data = _serialise(len(self.blocks), block)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.touch()
-        with open(self._path, "r+b") as file:
-            file.seek(self._size)
-            file.write(data)
+        with _told(self._path, "written"):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.touch()
+            with open(self._path, "r+b") as file:
+                file.seek(self._size)
+                file.write(data)
         self._size += len(data)
         self.blocks.append(block)
+
+
+@contextlib.contextmanager
+def _told(path: pathlib.Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: the pack index cannot be {done} ({error.strerror}); make room or give "
+                         "access, or set data.index_dir to another folder") from error
 
 
 def _serialise(number: int, block: Block) -> bytes:

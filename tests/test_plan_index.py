@@ -65,6 +65,16 @@ def test_two_writers_of_one_index(case, tmp_path):
     assert (tmp_path / "plan").read_bytes() == data
 
 
+def test_an_index_that_cannot_be_written_or_read_is_told_in_a_sentence(case, tmp_path):
+    config, tables, *_ = case
+    (tmp_path / "file").write_text("no folder")
+    planner = Planner(config, tables, journal=tmp_path / "file" / "plan")
+    with pytest.raises(ValueError, match="file/plan: the pack index cannot be written .*data.index_dir"):
+        planner[0]
+    with pytest.raises(ValueError, match="the pack index cannot be read .*data.index_dir"):
+        Planner(config, tables, journal=tmp_path)
+
+
 WRITER = """
 import sys
 sys.path.insert(0, "tests")

@@ -233,6 +233,14 @@ def test_a_mandatory_record_that_fills_its_pack_counts_as_its_turn():
     assert counts["a"] == 200 and 60 <= counts["b"] <= 75  # one turn in three packs
 
 
+def test_an_overdue_record_that_fills_worse_than_all_others_goes_first():
+    config = data_config(groups=(GroupConfig("a", 1.0, True), GroupConfig("b", 0.0, True)), lookahead=8)
+    planner = Planner(config, {"a": cost_table(texts(*[100] * 4)), "b": cost_table(texts(10, *[40] * 29))})
+    given = next(i for i in range(99) if ("b", 0, 0) in planner[i].entries)
+    came = max(0, queue_order(planner, "b", 30).index((0, 0)) - 8)  # the pack that let it into the window
+    assert given == came + 8
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_large_mandatory_record_keeps_the_small_ones_of_its_group_from_no_pack(weight):
     """The 120 of b fits beside no record of a: it takes its place for one pack, and b is in every pack."""
