@@ -116,8 +116,8 @@ class Packs:
         if left_out:
             self._expected = set()
             logging.warning("pack %d has no room for a record of %s, though mandatory, and it will not be the "
-                            "last; for budgets that hold one of each run python -m data_pipelines.budget", index,
-                            sorted(left_out))
+                            "last; for budgets that hold one of each run python -m data_pipelines.budget",
+                            index, sorted(left_out))
 
     def _sample(self, entry: Entry, faults: list[Fault]) -> list[Item]:
         """The planned record, or the first that can be read and fits into its room; else nothing."""
