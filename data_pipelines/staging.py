@@ -35,8 +35,9 @@ from data_pipelines.digests import MANIFEST, write_json
 from data_pipelines.jobs import show_progress
 from data_pipelines.layout import INFO
 
-_PIECE = 4 * 2**20  # bytes read at a time
-_LEVELS = 2         # a group's folder lies at most so far below its data set's
+_PIECE = 4 * 2**20   # bytes read at a time
+_RETRY_SECONDS = 60  # of one request to a bucket
+_LEVELS = 2          # a group's folder lies at most so far below its data set's
 _LOCK, _PARTIAL = ".staging.lock", ".staging.partial"
 _ORIGIN = ".staging.json"  # where a folder was staged from, for what is still missing
 _SHARD = ".array_record-"  # in the name of each shard of a built data set
@@ -132,8 +133,12 @@ def _copy_all(system: fs.FileSystem, files: Mapping[str, fs.FileInfo], folder: p
 
 def _open(source: str) -> tuple[fs.FileSystem, str]:
     """Raises: ValueError if pyarrow knows no such source."""
+    uri = source
+    if source.startswith(("gs://", "gcs://")) and "retry_limit_seconds" not in source:
+        # Without credentials or a network, Google's library would keep trying for a quarter of an hour.
+        uri += f"{'&' if '?' in source else '?'}retry_limit_seconds={_RETRY_SECONDS}"
     try:
-        system, base = (fs.FileSystem.from_uri(source) if "://" in source else
+        system, base = (fs.FileSystem.from_uri(uri) if "://" in source else
                         (fs.LocalFileSystem(), os.path.abspath(source)))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"cannot open {source} ({error}); correct the source, or its credentials") from error

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,3 +208,18 @@ def test_a_shard_that_cannot_be_fetched_is_named(built, tmp_path):
 def test_steps_without_a_folder_are_refused():
     with pytest.raises(ValueError, match="stage_steps is 5, but stage_dir is empty"):
         data_config(stage_steps=5)
+
+
+@pytest.mark.parametrize("source, uri", [
+    ("gs://b/x", "gs://b/x?retry_limit_seconds=60"),
+    ("gs://b/x?scheme=http", "gs://b/x?scheme=http&retry_limit_seconds=60"),
+    ("gs://b/x?retry_limit_seconds=5", "gs://b/x?retry_limit_seconds=5"), ("s3://b/x", "s3://b/x")])
+def test_an_absent_network_is_told_soon(monkeypatch, source, uri):
+    opened = lambda uri: (uri, "b/x/")
+    monkeypatch.setattr(staging, "fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=opened)))
+    assert staging._open(source) == (uri, "b/x")
+
+
+def test_an_unknown_source_is_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="cannot open foo://x .*correct the source"):
+        stage("foo://x", tmp_path / "disk")
