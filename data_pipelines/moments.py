@@ -1,7 +1,7 @@
 """Precomputed posterior moments of the frozen VAE, so that training skips the encoder.
 
     DIR/<group>/00000.array_record ...   one entry a record: the moments of its VAE images in order
-    DIR/moments.json                     what they were computed from, and the files' digests
+    DIR/moments.json                     what they were computed from, and how many records each file has
 
 `irg_jax.moments` writes them with the model; this module knows the format alone. An entry is the
 image table int32 [n, 2] (height, width in latent tokens) after its length n, then the values.

@@ -90,7 +90,7 @@ def compute_moments(config: DataConfig, model: Model, out: pathlib.Path, *, dtyp
     """Writes the moments of every group's records to `out`; finished files are kept, so it resumes.
 
     Each process of several takes its share of the files; the first writes the manifest, which is what
-    makes the folder usable. Returns the number of records that could not be read: their entries are
+    makes the folder usable. Returns how many records, of those read now, could not be: their entries are
     empty, and training meets, counts and names them as it does without moments.
 
     Raises: ValueError if `out` holds moments of something else.
