@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
             "split": "",
             "groups": GROUPS,
             "packs_per_step": 8,
-            "text_tokens": 8192, "vit_tokens": 16384, "latent_tokens": 16384, "images": 8,
+            "text_tokens": 3456, "vit_tokens": 19712, "latent_tokens": 24704, "images": 7,
             "vae_dropout": 0.3,
         },
     })

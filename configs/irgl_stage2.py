@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "groups": {"initial_full_learning": {"weight": 1.0, "is_mandatory": True},
                        "improving_full_learning": {"weight": 1.0, "is_mandatory": True}},
             "packs_per_step": 8,
-            "text_tokens": 8192, "vit_tokens": 16384, "latent_tokens": 16384, "images": 8,
+            "text_tokens": 2048, "vit_tokens": 9856, "latent_tokens": 20608, "images": 6,
             "vae_dropout": 0.3,
         },
     })

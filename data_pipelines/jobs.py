@@ -35,7 +35,7 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], *,
                 yield indices[future], future.result()
         except BrokenProcessPool as error:
             raise ValueError("a worker process was killed; if the machine ran out of memory, use fewer "
-                             "--workers. The same command goes on where this one ended") from error
+                             "--workers, and run the same command again") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -35,7 +35,8 @@ def main(values: Any) -> None:
             given += answers[:len(batch)]
             progress.update(len(batch))
     table = grade(questions, given)
-    answers = [{"question": one.text, "answer": one.answer, "given": text} for one, text in zip(questions, given)]
+    answers = [{"question": one.text, "answer": one.answer, "given": text}
+               for one, text in zip(questions, given)]
     out = pathlib.Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"checkpoint": checkpoint, "seed": values.seed, "table": table, "answers": answers})

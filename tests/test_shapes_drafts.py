@@ -11,7 +11,15 @@ from PIL import Image
 from data_pipelines.config import BuildConfig
 from data_pipelines.shapes import build as shapes_build
 from data_pipelines.shapes.build import build
-from data_pipelines.shapes.drafts import Draft, SeenDraft, draft_request, finish, look_at, read_drafts, write_part
+from data_pipelines.shapes.drafts import (
+    Draft,
+    SeenDraft,
+    draft_request,
+    finish,
+    look_at,
+    read_drafts,
+    write_part,
+)
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.records import MODES, generator, record
 from data_pipelines.shapes.render import render
@@ -94,7 +102,8 @@ def test_drafts_that_show_what_is_held_out_are_left_out(drafts):
 
 
 def test_a_data_set_is_built_from_drafts(folder, drafts, tmp_path, monkeypatch):
-    config = BuildConfig(counts={"improving_full": 30, "initial_full": 3}, num_heldout_prompts=6, drafts=str(folder))
+    config = BuildConfig(counts={"improving_full": 30, "initial_full": 3}, num_heldout_prompts=6,
+                         drafts=str(folder))
     assert build(config, out=tmp_path / "data")
     rows = ParquetRows(tmp_path / "data" / "train" / "improving_full")
     usable = [one.draft for one in look_at(drafts)]

@@ -92,7 +92,7 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
     for name, digest in sorted(describe_drafts(folder)["files"].items()):
         path = pathlib.Path(folder, pathlib.PurePath(name).name)
         if not path.is_file() or file_sha256(path) != digest:
-            raise ValueError(f"{path} is not the file that the manifest names; run python -m irg_jax.draft again")
+            raise ValueError(f"{path} is not the file that the manifest names; draw the drafts again")
         for row, values in enumerate(pyarrow.parquet.read_table(path, schema=SCHEMA).to_pylist()):
             place = f"{path} row {row}"
             try:

@@ -7,7 +7,7 @@ of their own. An answer is right if it is the true one word for word; of a list 
 import collections
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -58,7 +58,7 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(sorted(re.split(r", | and ", text)))
 
 
-def grade(questions: Sequence[Question], given: Sequence[str]) -> dict[str, dict[str, float | int | list[float]]]:
+def grade(questions: Sequence[Question], given: Sequence[str]) -> dict[str, dict[str, Any]]:
     """For each kind of question, and overall: the number asked, the share right, its 95 % interval."""
     marks = collections.defaultdict(list)
     for question, answer in zip(questions, given, strict=True):
