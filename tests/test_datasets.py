@@ -1,7 +1,6 @@
 """Every kind of records from files to packs: rows and lines in any order, and files that are refused."""
 
 import json
-import pathlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np

@@ -20,7 +20,6 @@ from data_pipelines.config import GroupConfig, ImageTransform
 from data_pipelines.fingerprints import compare, describe_data
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.tokenizer import train_tokenizer
-from data_pipelines.workers import _name_shared_memory
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = tokenizer()
@@ -177,12 +176,13 @@ TRAINER = """
 import json, multiprocessing, os, sys, time
 sys.path[:0] = ["tests", "."]
 import test_iterating as case
+from data_pipelines.workers import _name_shared_memory
 if __name__ == "__main__":
     source, ending = json.loads(sys.argv[1])
     iterator = case.make_iterator(case.make_config(case.pathlib.Path(source), workers=2), case.TOKENIZER)
     batch = next(iterator)
     workers = [process.pid for process in multiprocessing.active_children()]
-    print(json.dumps([workers, case._name_shared_memory()[0]]), flush=True)
+    print(json.dumps([workers, _name_shared_memory()[0]]), flush=True)
     if ending == "exit":
         sys.exit("the trainer failed")
     try:
