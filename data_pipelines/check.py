@@ -181,8 +181,8 @@ def _read_lines(file: File, faults: list[str]) -> Iterator[Record]:
                       "from parquet; set its kind to 'vision_language'")
         return
     if file.recorded and file_sha256(file.path) != file.recorded.footer:
-        faults.append(f"{file.path} is damaged, or was changed since its digest was written; restore it, or pass "
-                      "--write if all is well")
+        faults.append(f"{file.path} is damaged, or was changed since its digest was written; restore it, or "
+                      "pass --write if all is well")
     try:
         spans = find_lines(file.path)
     except ValueError as error:

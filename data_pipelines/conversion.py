@@ -116,8 +116,8 @@ def write_shard(shard: Shard) -> Written:
     try:
         return _read_notes(shard) or _write_shard(shard)
     except (OSError, RuntimeError) as error:  # Riegeli raises the latter
-        raise ValueError(f"{shard.path} cannot be written ({str(error).splitlines()[0]}); make room, and the same "
-                         "command goes on where this one ended") from error
+        raise ValueError(f"{shard.path} cannot be written ({str(error).splitlines()[0]}); make room, and the "
+                         "same command goes on where this one ended") from error
 
 
 def _write_shard(shard: Shard) -> Written:
