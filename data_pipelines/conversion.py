@@ -115,9 +115,10 @@ def write_shard(shard: Shard) -> Written:
     """
     try:
         return _read_notes(shard) or _write_shard(shard)
-    except (OSError, RuntimeError) as error:  # Riegeli raises the latter
-        raise ValueError(f"{shard.path} cannot be written ({str(error).splitlines()[0]}); make room, and the "
-                         "same command goes on where this one ended") from error
+    except (OSError, RuntimeError) as error:  # Riegeli raises the latter, in several lines
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{shard.path} cannot be written ({reason}); make room, and the same command goes on "
+                         "where this one ended") from error
 
 
 def _write_shard(shard: Shard) -> Written:
