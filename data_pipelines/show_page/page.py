@@ -23,6 +23,8 @@ MEANINGS = {
     "improving_thinking_generation": "Look at the first picture and write what is wrong and how to mend it.",
     "improving_thinking_understanding": "Look at a first and a better picture and write what changed and why.",
     "text_to_image": "Read a caption and draw it.",
+    "editing": "Look at a picture, read an instruction, draw what it asks for.",
+    "vision_language": "Look at pictures, or the frames of a video, and answer questions.",
     "understanding": "Look at a picture and answer a question about it.",
     "description": "Read a prompt, describe the picture in words, draw it.",
 }
