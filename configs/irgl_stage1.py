@@ -4,8 +4,8 @@
         --config.init_from=BAGEL_CHECKPOINT --config.data.source=IRGL_300K
 
 Values are the released run.sh and yaml (docs/design.md); `packs_per_step` is the 8 ranks of 40,000 tokens.
-The sizes of the streams are ours: on simulated lengths they fill to 97.6 % (`python -m benchmarks.packing`), where
-the original's greedy packs reach 79.9 %; choose them for real records by `python -m data_pipelines.budget`.
+The sizes of the streams are ours: on simulated lengths they fill to 97.6 % (`python -m benchmarks.packing`),
+where the original's greedy packs reach 79.9 %; `python -m data_pipelines.budget` chooses them for real records.
 Never trained by us: no weights and no data set were published.
 """
 
