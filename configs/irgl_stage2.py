@@ -2,7 +2,8 @@
 
     python -m irg_jax.train --config configs/irgl_stage2.py --workdir RUN --config.data.source=IRGL_300K
 
-Values are the released run.sh and yaml; sizes of streams as in stage 1. Never trained by us: no weights and no data set were published.
+Values are the released run.sh and yaml, but for the sizes of the streams: see stage 1.
+Never trained by us: no weights and no data set were published.
 """
 
 import ml_collections
