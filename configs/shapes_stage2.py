@@ -13,24 +13,25 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage2 has the sizes full and quick, not {size!r}")
-    steps = 80 if size == "full" else 4
+    steps = 600 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage2",
         "init_from": "stage1:ema",
         "total_steps": steps,
         "dtype": "float32",
         "remat": False,
-        "save_every": 50,
+        "save_every": 100,
         "loss": {"timestep_shift": 1.5, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": 0, "schedule": "cosine", "eps": 1e-8,
-                      "ema_decay": 0.97},
+                      "b2": 0.98, "ema_decay": 0.98},
         "data": {
             "source": "runs/shapes/data",
             "groups": {"initial_full": {"weight": 1.0, "is_mandatory": True},
                        "improving_full": {"weight": 1.0, "is_mandatory": True}},
-            "packs_per_step": 4 if size == "full" else 2,
-            "text_tokens": 576, "vit_tokens": 48, "latent_tokens": 144, "images": 9,
-            "max_tokens_per_record": 576,
+            "packs_per_step": 8 if size == "full" else 2,
+            "text_tokens": 400, "vit_tokens": 32, "latent_tokens": 80, "images": 5,
+            "max_tokens_per_record": 512,
+            "text_dropout": 0.1,
             "vae_dropout": 0.3,
             "vae_transform": {"stride": 16, "max_size": 64, "min_size": 64},
             "vit_transform": {"stride": 14, "max_size": 56, "min_size": 56},

@@ -20,6 +20,8 @@ def define_config(help_text: str) -> None:
     is refused where the ConfigDict is converted (`from_config_dict`).
     """
     flags.DEFINE_string("config", None, f"{help_text} --config.x.y=value overrides a field.")
+    # --help shows the flags of the command's own module, and this one is declared here.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
 
 
 def data_of(config: Any) -> DataConfig:

@@ -98,7 +98,7 @@ def _is_drawn(folder: pathlib.Path, request: dict[str, Any]) -> bool:
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} is not a folder of this command ({error}); choose "
                          "another --out") from error
-    differing = [key for key in request if found.get(key) != request[key]]
+    differing = [key for key in request if not isinstance(found, dict) or found.get(key) != request[key]]
     if differing:
         raise ValueError(f"{str(folder)!r} holds another drawing (its {', '.join(differing)} "
                          "differ); choose another --out, or remove it")

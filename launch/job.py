@@ -50,7 +50,7 @@ def list_steps(size: str, out: str) -> list[Step]:
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
         Step("drafts", (25, 120), (*command(
             f"-m irg_jax.draft --config {config('shapes_generate')} --checkpoint {{out}}/base"
-            " --out {out}/drafts --num"), "48" if size == "quick" else "2000")),
+            " --out {out}/drafts --num"), "48" if size == "quick" else "1000")),
         Step("data", (2, 40), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),

@@ -34,11 +34,13 @@ class Golden:
                                                         "vit_config.json"))
 
     def data_config(self, **fields) -> DataConfig:
-        patch = self.config["latent_patch_size"] * self.config["vae_config"]["downsample"]
+        # Fields of the autoencoder that are absent have the FLUX values: four levels.
+        levels = len(self.config.get("vae_config", {}).get("ch_mult", (1, 2, 4, 4)))
+        patch = self.config["latent_patch_size"] * 2 ** (levels - 1)
         return data_config(
             latent_patch=patch, vit_patch=self.vit["patch_size"],
             vae_transform=ImageTransform(patch, 64 * patch, patch),
-            vit_transform=ImageTransform(self.vit["patch_size"], 64 * self.vit["patch_size"], 14),
+            vit_transform=ImageTransform(*[self.vit["patch_size"] * sides for sides in (1, 64, 1)]),
             max_latent_size=self.config["max_latent_size"],
             vit_max_side=self.config["vit_max_num_patch_per_side"], **fields)
 

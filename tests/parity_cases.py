@@ -62,7 +62,7 @@ class ParityCase:
         tokens = [pack_latent(jnp.asarray(x), self.config.latent_patch_size)[0] for x in images]
         room = lambda x: jnp.pad(x, ((0, batch.latent_image.shape[1] - len(x)), (0, 0)))[None]
         return make_flow(batch, room(jnp.concatenate(tokens)), room(self.arrays["train.noise"]),
-                         self.golden.config["timestep_shift"])
+                         self.config.timestep_shift)
 
     def to_torch(self, tree: Params) -> dict[str, np.ndarray]:
         """Parameters or gradients under their torch names."""
@@ -77,7 +77,7 @@ class ParityCase:
             learning_rate=values["lr"], warmup_steps=values["warmup_steps"], b1=values["b1"],
             b2=values["b2"], eps=values["eps"], weight_decay=values["weight_decay"],
             clip=values["clip"], ema_decay=values["ema_decay"])
-        loss = LossConfig(timestep_shift=self.golden.config["timestep_shift"], posterior="mean")
+        loss = LossConfig(timestep_shift=self.config.timestep_shift, posterior="mean")
         height = max(image.shape[1] for name, image in self.arrays.items() if "train.vae_image" in name)
         width = max(image.shape[2] for name, image in self.arrays.items() if "train.vae_image" in name)
         return StepConfig(**({"loss": loss, "optimizer": optimizer, "total_steps": 100, "seed": 0,

@@ -212,6 +212,16 @@ def test_another_evaluation_is_not_mixed_into_a_folder(prompts, checkpoints, tmp
         open_recorder(tmp_path / "else", prompts)
 
 
+@pytest.mark.parametrize("file, text", [
+    ("progress.json", "[]"), ("progress.json", '{"identity": 3}'), ("results.jsonl", "[1]\n"),
+    ("results.jsonl", '{"id": "0"}\n'), ("results.jsonl", "none\n")])
+def test_files_of_something_else_are_told(file, text, prompts, tmp_path):
+    open_recorder(tmp_path / "eval", prompts).save()
+    (tmp_path / "eval" / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}.*remove the folder and evaluate again"):
+        open_recorder(tmp_path / "eval", prompts)
+
+
 def test_bad_heldout_prompts_are_named(tmp_path):
     path = tmp_path / "prompts.jsonl"
     good = heldout_prompts(2)

@@ -228,6 +228,15 @@ def test_the_frozen_part_of_a_stage_comes_back_and_can_be_written_again(tmp_path
     assert_same(load_stage_frozen(stage), dataclasses.replace(second, params={}))
 
 
+def test_a_damaged_bundle_is_refused_in_a_sentence(tmp_path):
+    stage, model = tmp_path / "stage1", make_model()
+    save_stage(stage, model, {10: model})
+    for file in (stage / "checkpoints" / "10" / "ema").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:7])
+    assert "is damaged or no Orbax checkpoint" in refusal(stage)
+
+
 def test_a_stage_without_a_bundle_or_with_another_autoencoder_is_refused(tmp_path):
     stage, model = tmp_path / "stage1", make_model()
     save_stage(stage, model, {})

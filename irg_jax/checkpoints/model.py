@@ -77,7 +77,8 @@ def load_model(path: str | pathlib.Path) -> Model:
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
         stage = load_stage_frozen(folder)
-        params, _ = restore_ema(folder, names.model_shapes(stage.config))
+        with _damage(folder / BUNDLES):
+            params, _ = restore_ema(folder, names.model_shapes(stage.config))
         return dataclasses.replace(stage, params=jax.tree.map(np.asarray, params))
     config, description = load_description(folder)
     shapes = {"model": names.model_shapes(config), "vae": names.vae_shapes(config.vae)}

@@ -38,7 +38,7 @@ class Recorder:
             raise ValueError(f"{str(folder)!r} holds something else than an evaluation (it has no "
                              f"{PROGRESS}); choose another --out")
         (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        self.done = {(line["id"], line["system"]) for line in self._recover()}
+        self.done = set(self._recover())
         self.is_complete = (self.folder / MANIFEST).exists()
 
     def identify(self, name: str, checkpoint: Mapping[str, str]) -> None:
@@ -73,17 +73,18 @@ class Recorder:
             **fields})
         self.is_complete = True
 
-    def _recover(self) -> list[dict[str, Any]]:
-        """The lines that are whole; a last one that was cut off is removed from the file."""
+    def _recover(self) -> list[tuple[str, str]]:
+        """(id, system) of the lines that are whole; a last one that was cut off is removed from the file."""
         path = self.folder / RESULTS
         raw = path.read_bytes() if path.exists() else b""
         whole = raw[:raw.rfind(b"\n") + 1]
         if len(whole) < len(raw):
             os.truncate(path, len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON ({error}); remove the folder and evaluate "
+            lines = [json.loads(line) for line in whole.splitlines()]
+            return [(line["id"], line["system"]) for line in lines]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not the lines of an evaluation ({error!r}); remove the folder and evaluate "
                              "again") from error
 
     def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -95,9 +96,12 @@ class Recorder:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); remove the folder and evaluate again"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(values[name], dict) for name in ("identity", "checkpoints")):
+            raise ValueError("its fields are not those of an evaluation")
+        return values
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error!r}); remove the folder and evaluate again"
                          ) from error
 
 

@@ -1,0 +1,57 @@
+"""Every command as it is typed: help that lists its flags, and a mistake told in one sentence."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMANDS = {  # and a flag of its own
+    "data_pipelines.build": "--source", "data_pipelines.check": "--write", "data_pipelines.show": "--config",
+    "data_pipelines.budget": "--tokens", "irg_jax.convert": "--source", "irg_jax.draft": "--num",
+    "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
+    "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
+    "irg_jax.report": "RUN", "irg_jax.make_base": "--out",
+}
+TRAIN = ["irg_jax.train", "--workdir", "OUT", "--config", "configs/shapes_stage1.py"]
+
+
+def run(*words: str, folder: pathlib.Path = ROOT) -> tuple[int, str]:
+    words = [word.replace("OUT", str(folder / "out")) for word in words]
+    process = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, timeout=120)
+    return process.returncode, process.stdout
+
+
+def test_all_commands_are_here():
+    found = {f"{path.parent.name}.{path.stem}" for folder in ("irg_jax", "data_pipelines")
+             for path in (ROOT / folder).glob("*.py")
+             if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
+    assert found == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_the_flags(command):
+    code, output = run(command, "--help")
+    assert code == 0 and COMMANDS[command] in output
+    source = (ROOT / f"{command.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert "define_config" not in source or "--config:" in output
+
+
+@pytest.mark.parametrize("words, told", [
+    ([*TRAIN, "--config.optimizer.lerning_rate=1"], "'optimizer.lerning_rate'; did you mean 'learning_rate'?"),
+    ([*TRAIN, "--config.data.seed=soon"], "'data.seed' is 'soon' (str); expected int"),
+    ([*TRAIN, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
+    (["irg_jax.train", "--workdir", "OUT", "--config", "configs/none.py"], "'configs/none.py' does not exist"),
+    ([*TRAIN, "--config.init_from=OUT/base"], "base"),
+    (["data_pipelines.build", "--config", "configs/shapes_data.py", "--out", "OUT",
+      "--config.drafts=nowhere"], "nowhere holds no finished drafts"),
+    (["irg_jax.generate", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--out", "OUT",
+      "--prompt", " "], "--prompt is empty"),
+])
+def test_a_mistake_is_one_sentence(words, told, tmp_path):
+    code, output = run(*words, folder=tmp_path)
+    lines = output.strip().splitlines()
+    assert code == 1 and told in output and "Traceback" not in output
+    assert len([line for line in lines if line.lower().startswith("error")]) == 1
