@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {  # and a flag of its own
     "data_pipelines.build": "--source", "data_pipelines.check": "--write", "data_pipelines.show": "--config",
-    "data_pipelines.budget": "--tokens", "irg_jax.convert": "--source", "irg_jax.draft": "--num",
+    "data_pipelines.budget": "--tokens", "data_pipelines.staging": "--source",
+    "irg_jax.convert": "--source", "irg_jax.draft": "--num",
     "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
     "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
     "irg_jax.report": "RUN", "irg_jax.make_base": "--out",

@@ -84,8 +84,8 @@ class Recorder:
             lines = [json.loads(line) for line in whole.splitlines()]
             return [(line["id"], line["system"]) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not the lines of an evaluation ({error!r}); remove the folder and evaluate "
-                             "again") from error
+            raise ValueError(f"{path}: not the lines of an evaluation ({error!r}); remove the folder and "
+                             "evaluate again") from error
 
     def _compare(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         differing = [key for key in wanted if found.get(key) != wanted[key]]
