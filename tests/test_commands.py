@@ -45,7 +45,7 @@ def test_help_lists_the_flags(command):
     ([*TRAIN, "--config.data.seed=soon"], "'data.seed' is 'soon' (str); expected int"),
     ([*TRAIN, "--wrkdir", "x"], "Unknown command line flag 'wrkdir'"),
     (["irg_jax.train", "--workdir", "OUT", "--config", "configs/none.py"], "'configs/none.py' does not exist"),
-    ([*TRAIN, "--config.init_from=OUT/base"], "base"),
+    ([*TRAIN, "--config.init_from=OUT/base"], "is no model checkpoint"),
     (["data_pipelines.build", "--config", "configs/shapes_data.py", "--out", "OUT",
       "--config.drafts=nowhere"], "nowhere holds no finished drafts"),
     (["irg_jax.generate", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--out", "OUT",
@@ -56,3 +56,4 @@ def test_a_mistake_is_one_sentence(words, told, tmp_path):
     lines = output.strip().splitlines()
     assert code == 1 and told in output and "Traceback" not in output
     assert len([line for line in lines if line.lower().startswith("error")]) == 1
+    assert not (tmp_path / "out").exists()  # nothing that could be taken for a result

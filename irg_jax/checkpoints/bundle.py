@@ -4,6 +4,7 @@ STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and
 visible only when it is complete: Orbax writes under a temporary name and renames.
 """
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -47,6 +48,14 @@ class Bundles:
     def close(self) -> None:
         """Waits for saves under way."""
         self._checkpointer.close()
+
+
+def latest_step(stage: pathlib.Path) -> int:
+    """The newest complete step of a stage; 0 if there is none, and nothing is made."""
+    if not (stage / FOLDER).is_dir():
+        return 0
+    with contextlib.closing(Bundles(stage, keep=None)) as bundles:
+        return bundles.latest() or 0
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:

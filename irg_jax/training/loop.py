@@ -20,7 +20,7 @@ import tqdm
 
 from data_pipelines.batch import PackedBatch
 from data_pipelines.pipeline import make_iterator
-from irg_jax.checkpoints.bundle import Bundles
+from irg_jax.checkpoints.bundle import Bundles, latest_step
 from irg_jax.checkpoints.model import Model, load_model, load_stage_frozen, save_stage_frozen
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional, Params
@@ -80,8 +80,7 @@ def check_finished(folder: pathlib.Path) -> None:
         wanted = json.loads((folder / "config.json").read_text())["total_steps"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no trained stage ({error})") from error
-    with contextlib.closing(Bundles(folder, keep=None)) as bundles:
-        reached = bundles.latest() or 0
+    reached = latest_step(folder)
     if reached < wanted:
         raise ValueError(f"{folder} stopped at step {reached} of {wanted}; finish that stage first")
 
@@ -121,8 +120,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, workdir: pathlib.Path):
         self.config, self.folder = config, workdir / config.stage
-        self.bundles = Bundles(self.folder, keep=config.keep)
-        self.start = self.bundles.latest() or 0
+        self.start = latest_step(self.folder)
         source = load_stage_frozen(self.folder) if self.start else open_model(config, workdir)
         check_model(config.data, source.config)
         check_moments(config.data, source)
@@ -137,7 +135,13 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, config.total_steps, self.model.shapes)
         self.placement = place(self.model, self.vae, self.optimizer, self.mesh)
         self.vae_params = jax.device_put(to_float32(source.vae), self.placement.vae)
-        self.state = self._restore() if self.start else self._create(source)
+        # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
+        self.bundles = Bundles(self.folder, keep=config.keep)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.bundles.close)
+            undo.callback(self.data.close)
+            self.state = self._restore() if self.start else self._create(source)
+            undo.pop_all()
         self.step = jax.jit(make_step(self.model, self.vae, config.step_config()), donate_argnums=0,
                             out_shardings=(self.placement.state, self.placement.scalar))
 
