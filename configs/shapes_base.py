@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         "train": {
             "stage": "base",
             "init_from": "initial",          # written by make_base: fresh weights, trained autoencoder
-            "total_steps": 10000,
+            "total_steps": 6000,
             "dtype": "float32",
             "remat": False,
             "save_every": 250,
