@@ -3,9 +3,13 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set, trains a tokenizer, the autoencoder and then the network on plain text-to-image,
-understanding and short descriptions (no reflection, no IRGL), and exports in the released layout in bf16.
-Interrupted, the same command resumes. About 50 minutes on two CPU cores; `docs/log.md` has its curves.
+builds the data set (2 minutes), trains a tokenizer and the autoencoder (15 minutes on two idle cores), computes
+moments (5 minutes), trains the network on plain text-to-image, understanding, short descriptions and editing
+(no reflection, no IRGL; an hour), and exports in the released layout in bf16. Interrupted, the same command
+resumes. The rate is constant and the EMA long, so a longer run begins like this one.
+
+Expected: self-CoT draws 20 % of 1,000 training prompts right (`irg_jax.draft`), 19 % of the held-out ones
+plainly; 32 % of 600 questions about scenes are answered right (`irg_jax.examine`).
 """
 
 import ml_collections
