@@ -106,6 +106,12 @@ def test_the_background():
     assert "paint the background pale blue" in text and "the background is grey" in text
 
 
+def test_what_cannot_be_mended_is_drawn_afresh(monkeypatch):
+    monkeypatch.setattr("data_pipelines.shapes.repair.TRIES", 0)
+    assert kinds(run(PAIR, (RED_CIRCLE,))) == ["missing", "extra"]
+    assert run(PAIR, (RED_CIRCLE, STAR)).flaws == ()
+
+
 def test_an_empty_draft():
     result = run(PAIR, ())
     assert kinds(result) == ["missing"] and len(result.flaws[0].wanted) == 2

@@ -63,8 +63,10 @@ def repair(rng: np.random.Generator, request: Request, seen: Sequence[Sighting],
             if is_training(right):
                 return Repair(draft, right, _list_flaws(request, draft, right, pairs))
     right = sample_scene(rng, request, split="train")
-    flaws = (Flaw("extra", seen=things),) if things else ()
-    return Repair(draft, right, (Flaw("missing", wanted=right.things), *flaws))
+    if not judge(request, things, background):
+        return Repair(draft, right, ())
+    extra = (Flaw("extra", seen=things),) if things else ()
+    return Repair(draft, right, (Flaw("missing", wanted=right.things), *extra))
 
 
 def _pair(slots: Sequence[Group], things: Sequence[Thing]) -> list[int | None]:
