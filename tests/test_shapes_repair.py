@@ -43,7 +43,7 @@ def test_any_draft_becomes_a_right_scene(seed, things, background):
     assert all(is_free(thing, result.right.things[:i]) for i, thing in enumerate(result.right.things))
     assert (not result.flaws) == (not judge(request, things, background))
     text = language.reflect(rng, request, flaws=result.flaws, flawed=result.draft, right=result.right)
-    assert len(text.split()) <= 90
+    assert len(text.split()) <= language.MAX_WORDS
     assert all(text.count(heading) == 1 for heading in language.HEADINGS)
 
 
@@ -104,6 +104,15 @@ def test_the_background():
     text = language.reflect(np.random.default_rng(0), request, flaws=result.flaws, flawed=result.draft,
                             right=result.right)
     assert "paint the background pale blue" in text and "the background is grey" in text
+
+
+def test_of_two_flaws_that_take_too_many_words_the_first_is_told():
+    four = Request("counting", (Group("circle", 4, "orange"),))
+    result = run(four, [Thing("heart", "red", "plain", at, at, 0.3) for at in (0.3, 0.7)])
+    assert kinds(result) == ["missing", "extra"]
+    text = language.reflect(np.random.default_rng(0), four, flaws=result.flaws, flawed=result.draft,
+                            right=result.right)
+    assert "missing" in text and "too many" not in text and len(text.split()) <= language.MAX_WORDS
 
 
 def test_what_cannot_be_mended_is_drawn_afresh(monkeypatch):

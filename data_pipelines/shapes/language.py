@@ -21,6 +21,7 @@ NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
 MAX_REFLECTION = 60  # words; where they allow it, the final prompt also names the background
 MAX_TOLD = 2         # flaws named in a reflection
+MAX_WORDS = 90       # of a reflection; one flaw always fits
 MAX_REMOVED = 2      # things named that are too many
 
 OPENINGS = (
@@ -79,21 +80,26 @@ def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw]
             right: Scene) -> str:
     """The look back, in think tags: what is wrong, then the three headed parts.
 
-    At most 60 words of one flaw, and 90 of two; of more than MAX_TOLD flaws the first are told. Without one
-    it says so and asks for the same picture.
+    Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
+    needed. Without a flaw it says so and asks for the same picture.
     """
     remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
-    problem, need, step = (f"{separator} ".join(parts)
-                           for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
                          "look again:")) if flaws else "looking again,"
     keep = pick(rng, ("keep all the rest.", "keep everything else.", "leave the rest."))
-    first, second, third = HEADINGS
-    text = (f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}. {keep}\n{third}\n"
-            f"{_ask(None, request)}")
+    text = _four_parts(remedies, opening, keep, final=_ask(None, request))
+    if len(text.split()) > MAX_WORDS:
+        text = _four_parts(remedies[:1], opening, keep, final=_ask(None, request))
     background = f" on a {right.background} background"
     fits = len(text.split()) + len(background.split()) <= MAX_REFLECTION
     return tagged(f"{text}{background if fits else ''}.")
+
+
+def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, *, final: str) -> str:
+    problem, need, step = (f"{separator} ".join(parts)
+                           for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
+    first, second, third = HEADINGS
+    return f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}. {keep}\n{third}\n{final}"
 
 
 def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
