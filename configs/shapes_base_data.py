@@ -1,9 +1,9 @@
-"""What the miniature's base model is trained on: pictures, questions, short descriptions, edits; no IRGL.
+"""What the miniature's base model is trained on: prompts, captions, questions, edits; no IRGL.
 
     python -m data_pipelines.build --config configs/shapes_base_data.py \
         --source shapes --format parquet --out runs/shapes_base/data
 
-writes 86,000 records of four modes, none with a held-out combination, in about three minutes.
+writes 122,000 records of six modes, none with a held-out combination, in about three minutes.
 """
 
 import ml_collections
@@ -13,6 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({
         "seed": 1,
         "side": 64,
-        "counts": {"text_to_image": 40000, "description": 16000, "understanding": 16000, "editing": 14000},
+        "counts": {"text_to_image": 40000, "description": 16000, "understanding": 16000, "editing": 14000,
+                   "captioned": 24000, "captioning": 12000},
         "num_heldout_prompts": 0,
     })

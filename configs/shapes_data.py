@@ -6,16 +6,20 @@
 writes train/<mode>/*.parquet (9,600 records), prompts_heldout.jsonl (300 prompts) and manifest.json in less
 than a minute. The first images of improving records are the drafts of `python -m irg_jax.draft`; without
 --config.drafts they are rendered, each with one flaw.
-`configs/shapes_data.py:quick` is the same, cut short.
+`configs/shapes_data.py:quick` is the same, cut short; `:images` holds only prompts and right images, 4,800 of
+them, for the ablation.
 """
 
 import ml_collections
 
 
 def get_config(size: str = "full") -> ml_collections.ConfigDict:
-    """Args: size is "full" or "quick"."""
-    if size not in ("full", "quick"):
-        raise ValueError(f"shapes_data has the sizes full and quick, not {size!r}")
+    """Args: size is "full", "quick" or "images"."""
+    if size not in ("full", "quick", "images"):
+        raise ValueError(f"shapes_data has the sizes full, quick and images, not {size!r}")
+    if size == "images":
+        return ml_collections.ConfigDict({"seed": 0, "side": 64, "counts": {"text_to_image": 4800},
+                                          "num_heldout_prompts": 0})
     full = 2400 if size == "full" else 96
     reasoning = full // 2
     return ml_collections.ConfigDict({

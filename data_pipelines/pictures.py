@@ -1,6 +1,7 @@
 """The pictures of a data set alone, for training an autoencoder."""
 
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,13 +12,12 @@ from data_pipelines.sources import ParquetRows
 MAX_PIXELS = 2**22
 
 
-def load_pictures(folder: str | pathlib.Path, *, count: int) -> np.ndarray:
+def load_pictures(folder: str | pathlib.Path, *, modes: Iterable[str], count: int) -> np.ndarray:
     """The first `count` pictures below <folder>/<mode>/*.parquet, modes in turn: uint8 [N, H, W, 3].
 
     Raises: ValueError if records are broken, there are too few, or sizes differ.
     """
-    modes = sorted(path for path in pathlib.Path(folder).iterdir() if path.is_dir())
-    sources = {path.name: ParquetRows(path) for path in modes}
+    sources = {mode: ParquetRows(pathlib.Path(folder, mode)) for mode in sorted(modes)}
     pictures: list[np.ndarray] = []
     for index in range(max(map(len, sources.values()), default=0)):
         for mode, source in sources.items():

@@ -5,16 +5,17 @@ r"""Draws a benchmark's prompts with the base model and the trained one, and sco
         --prompts runs/shapes/data/prompts_heldout.jsonl --out runs/shapes/eval/shapes
 
 Four systems draw each prompt from the same noise: `base` (the base model, plainly), `self_cot` (the
-base model, which thinks first), `turn1` and `turn2` (the trained model). OUT/results.jsonl has a
-line an image; OUT/manifest.json, written last, says how they came to be. Interrupted, the same
-command draws only what is missing.
+base model, which thinks first), `turn1` and `turn2` (the trained model); with --turns it goes on to
+`turn3` and further. OUT/results.jsonl has a line an image; OUT/manifest.json, written last, says how
+they came to be. Interrupted, the same command draws only what is missing.
 """
 
+import functools
 import platform
 import shlex
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,30 +39,32 @@ def draw_base(generator: Generator, prompts: list[str], seeds: list[int]) -> dic
             "self_cot": [turns[0] for turns in thought]}
 
 
-def draw_trained(generator: Generator, prompts: list[str], seeds: list[int]
+def draw_trained(generator: Generator, prompts: list[str], seeds: list[int], num_turns: int
                  ) -> dict[str, list[Turn]]:
-    """Both turns of the trained model."""
-    drawn = generator.trajectories(prompts, seeds=seeds, num_turns=2)
-    return {"turn1": [turns[0] for turns in drawn], "turn2": [turns[1] for turns in drawn]}
+    """All turns of the trained model."""
+    drawn = generator.trajectories(prompts, seeds=seeds, num_turns=num_turns)
+    return {f"turn{number + 1}": [turns[number] for turns in drawn] for number in range(num_turns)}
 
 
-MODELS = {  # which of a model's images are scored, and what draws them
-    "base": (("base", "self_cot"), draw_base),
-    "trained": (("turn1", "turn2"), draw_trained),
-}
+def list_models(num_turns: int) -> dict[str, tuple[tuple[str, ...], Callable]]:
+    """Which of a model's images are scored, and what draws them."""
+    turns = tuple(f"turn{number + 1}" for number in range(num_turns))
+    return {"base": (("base", "self_cot"), draw_base),
+            "trained": (turns, functools.partial(draw_trained, num_turns=num_turns))}
 
 
 def evaluate(prompts: Sequence[HeldOut], *, config: SamplingConfig, checkpoints: dict[str, str],
-             recorder: Recorder, seed: int, batch_size: int) -> None:
-    """Draws and scores what `recorder` lacks; `checkpoints` are paths by the names of MODELS.
+             recorder: Recorder, seed: int, batch_size: int, num_turns: int = 2) -> None:
+    """Draws and scores what `recorder` lacks; `checkpoints` are paths by the names of `list_models`.
 
     Raises: ValueError if a prompt holds a control token, or weights changed since the evaluation
         began.
     """
-    wanted = [system for systems, _ in MODELS.values() for system in systems]
+    models = list_models(num_turns)
+    wanted = [system for systems, _ in models.values() for system in systems]
     progress = tqdm(total=len(prompts) * len(wanted), initial=len(recorder.done), unit="image",
                     disable=None)
-    for name, (systems, draw) in MODELS.items():
+    for name, (systems, draw) in models.items():
         generator, weights = load_generator(
             checkpoints[name], config,
             prompts={f"prompt {prompt.id}": prompt.prompt for prompt in prompts})
@@ -96,10 +99,13 @@ def main(values: Any) -> None:
     prompts = read_prompts(values.prompts, limit=values.limit)
     batch_size = min(values.batch or config.batch_size, len(prompts))
     settings = describe_settings(config)
-    recorder = Recorder(values.out, {"seed": values.seed, "settings": settings,
-                                     "prompts": digest_prompts(prompts)})
+    identity = {"seed": values.seed, "settings": settings, "prompts": digest_prompts(prompts)}
+    if values.turns != 2:
+        identity["turns"] = values.turns
+    recorder = Recorder(values.out, identity)
     is_new = not recorder.is_complete
     evaluate(prompts, config=config, recorder=recorder, seed=values.seed, batch_size=batch_size,
+             num_turns=values.turns,
              checkpoints={"base": values.base, "trained": values.checkpoint})
     if is_new:
         versions = {"python": platform.python_version(), "jax": jax.__version__,
@@ -120,6 +126,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder of the results, RUN/eval/shapes for a report of RUN.")
     flags.DEFINE_integer("limit", None, "Take only the first so many prompts.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of texts and noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("turns", 2, "Turns of the trained model.", lower_bound=2, upper_bound=9)
     flags.DEFINE_integer("batch", None, "Prompts drawn at once; by default the config's.",
                          lower_bound=1)
     flags.mark_flags_as_required(["config", "base", "checkpoint", "prompts", "out"])

@@ -1,4 +1,4 @@
-"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, network, export.
+"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, then a network that draws and sees.
 
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
@@ -9,6 +9,7 @@ Every step is skipped if its result is there, and training resumes.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,13 +29,14 @@ from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.training.autoencoder import AutoencoderConfig, measure_latents, train_autoencoder
+from irg_jax.training.encoder import EncoderConfig, train_encoder
 from irg_jax.training.loop import train
 from irg_jax.training.moments import compute_moments
 
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """The recipe of a base checkpoint; paths of `train` are below the workdir."""
+    """The recipe of a base checkpoint; paths of both stages are below the workdir."""
 
     data_config: str
     vocab_size: int
@@ -44,7 +46,9 @@ class BaseConfig:
     max_latent_size: int
     vit_max_num_patch_per_side: int
     autoencoder: AutoencoderConfig
-    train: TrainConfig
+    draw: TrainConfig          # the first stage, mostly text-to-image
+    encoder: EncoderConfig
+    train: TrainConfig         # the second, from the first with the trained vision encoder
 
     def model(self, vae: VAEConfig, vocab_size: int) -> ModelConfig:
         return ModelConfig(LLMConfig(vocab_size=vocab_size, **self.llm), ViTConfig(**self.vit), vae,
@@ -52,13 +56,13 @@ class BaseConfig:
                            vit_max_num_patch_per_side=self.vit_max_num_patch_per_side)
 
 
-def make_tokenizer(data: pathlib.Path, vocab_size: int) -> Tokenizer:
-    """A byte-level BPE over all texts of the data set, and of IRGL's records, which use the same words."""
+def make_tokenizer(data: pathlib.Path, modes: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE over texts of the data set, and of IRGL's records, which use the same words."""
     texts = []
-    for folder in sorted((data / "train").iterdir()):
-        source = ParquetRows(folder)
+    for mode in sorted(modes):
+        source = ParquetRows(data / "train" / mode)
         for index in range(min(len(source), 2000)):
-            record = parse_conversation(source[index].text, mode=folder.name, place=source[index].place)
+            record = parse_conversation(source[index].text, mode=mode, place=source[index].place)
             texts += [part.text for part in record.parts if isinstance(part, TextPart)]
     return train_tokenizer(texts + reasoning_texts(), vocab_size=vocab_size)
 
@@ -77,31 +81,50 @@ def reasoning_texts() -> list[str]:
 
 def prepare(config: BaseConfig, workdir: pathlib.Path) -> None:
     """WORKDIR/initial: trained tokenizer and autoencoder, fresh network."""
-    data = workdir / "data"
+    data, modes = workdir / "data", [group.name for group in config.draw.data.groups]
     build(from_config_dict(BuildConfig, load_config(config.data_config)), out=data)
     if (workdir / "initial").exists():
         return
-    tokenizer = make_tokenizer(data, config.vocab_size)
-    images = load_pictures(data / "train", count=config.autoencoder.num_images)
+    tokenizer = make_tokenizer(data, modes, config.vocab_size)
+    images = load_pictures(data / "train", modes=modes, count=config.autoencoder.num_images)
     vae = Functional(lambda rngs: make_autoencoder(config.model(config.vae, config.vocab_size), rngs=rngs))
     vae_params = train_autoencoder(vae, config.autoencoder, images, workdir / "autoencoder")
     vae_config = measure_latents(vae, vae_params, config.vae, images[:1000])
     model = config.model(vae_config, tokenizer.vocab_size)
-    params = jax.jit(lambda: Functional(lambda rngs: IRG(model, rngs=rngs)).init(config.train.seed))()
+    params = jax.jit(lambda: Functional(lambda rngs: IRG(model, rngs=rngs)).init(config.draw.seed))()
     host = lambda tree: jax.tree.map(np.asarray, tree)
     save_model(workdir / "initial", Model(model, tokenizer, host(params), host(vae_params)))
+
+
+def give_eyes(config: BaseConfig, drawn: pathlib.Path, workdir: pathlib.Path) -> None:
+    """WORKDIR/seeing: the network that draws, with a vision encoder that was trained by itself."""
+    if (workdir / "seeing").exists():
+        return
+    model = load_model(drawn)
+    seeing = train_encoder(model.config, config.encoder, config.train.data.vit_transform, workdir / "encoder")
+    params = model.params | jax.tree.map(np.asarray, seeing)
+    save_model(workdir / "seeing", dataclasses.replace(model, params=params))
+
+
+def below(workdir: pathlib.Path, stage: TrainConfig) -> TrainConfig:
+    """The stage with its paths made those of the run."""
+    data = dataclasses.replace(stage.data, source=str(workdir / stage.data.source),
+                               moments=str(workdir / stage.data.moments))
+    return dataclasses.replace(stage, init_from=str(workdir / stage.init_from), data=data)
 
 
 def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
     prepare(config, workdir)
-    below = lambda path: str(workdir / path)
-    data = dataclasses.replace(config.train.data, source=below(config.train.data.source),
-                               moments=below(config.train.data.moments))
-    stage = dataclasses.replace(config.train, init_from=below(config.train.init_from), data=data)
-    if not (workdir / stage.stage / "model.json").exists():
-        compute_moments(data, load_model(stage.init_from), pathlib.Path(data.moments), dtype=stage.dtype,
+    draw, stage = below(workdir, config.draw), below(workdir, config.train)
+    if not (workdir / draw.stage / "model.json").exists():
+        groups = {group.name: group for part in (draw, stage) for group in part.data.groups}
+        data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
+        compute_moments(data, load_model(draw.init_from), pathlib.Path(data.moments), dtype=draw.dtype,
                         batch_size=64)
+    if train(draw, workdir) < draw.total_steps:
+        return
+    give_eyes(config, workdir / draw.stage, workdir)
     if train(stage, workdir) < stage.total_steps:
         return
     export_folder(load_model(workdir / stage.stage), values.out, dtype="bfloat16")

@@ -1,9 +1,9 @@
 """Runs the main job, one public command after another; `local.sh` starts it.
 
-    python launch/job.py full|quick OUT
+    python launch/job.py full|quick OUT [SEED]
 
 Every command resumes or finds its work done, so the whole job is run again after an interruption.
-OUT/size.txt says which size the folder holds. OUT/timings.json adds up the seconds of each step over
+OUT/size.txt says which size and seed the folder holds. OUT/timings.json adds up the seconds of each step over
 all runs and keeps its peak memory: {"stage1": 310.2, ..., "peak_rss_gib": {"stage1": 1.9, ...}}.
 Only the standard library is needed.
 """
@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -41,36 +42,41 @@ class Interrupted(Exception):
     """SIGINT, SIGTERM or SIGHUP, whose number is the argument."""
 
 
-def list_steps(size: str, out: str) -> list[Step]:
-    """The job; `size` is "full" or "quick", which every configuration file knows."""
+def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
+    """The job; `size` is "full" or "quick", which every configuration file knows.
+
+    A seed is one of drafts, training, texts and noise; prompts, split and detector know none.
+    """
     config = lambda name: f"configs/{name}.py" + (":quick" if size == "quick" else "")
     command = lambda line: tuple(part.format(out=out) for part in line.split())
+    seeded = ("--seed", str(seed)) if seed else ()
+    train_seeded = (f"--config.seed={42 + seed}", f"--config.data.seed={42 + seed}") if seed else ()
     return [
         Step("convert", (3, 3), command(
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
         Step("drafts", (20, 40), (*command(
             f"-m irg_jax.draft --config {config('shapes_generate')} --checkpoint {{out}}/base"
-            " --out {out}/drafts --num"), "48" if size == "quick" else "1000")),
+            " --out {out}/drafts --num"), "48" if size == "quick" else "1000", *seeded)),
         Step("data", (4, 12), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),
         Step("moments", (10, 31), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
             " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
-        Step("stage1", (33, 220), command(
+        Step("stage1", (33, 220), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"
-            " --config.data.moments={out}/moments")),
-        Step("stage2", (30, 490), command(
+            " --config.data.moments={out}/moments"), *train_seeded)),
+        Step("stage2", (30, 490), (*command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
-            " --config.data.source={out}/data --config.data.moments={out}/moments")),
+            " --config.data.source={out}/data --config.data.moments={out}/moments"), *train_seeded)),
         Step("generate", (20, 17), (*command(
             f"-m irg_jax.generate --config {config('shapes_generate')} --checkpoint {{out}}/stage2"
             " --out {out}/generate"), "--prompt", PROMPT)),
-        Step("evaluate", (32, 75), command(
+        Step("evaluate", (32, 75), (*command(
             f"-m irg_jax.evaluate --benchmark shapes --config {config('shapes_generate')}"
             " --base {out}/base --checkpoint {out}/stage2"
-            " --prompts {out}/data/prompts_heldout.jsonl --out {out}/eval/shapes")),
+            " --prompts {out}/data/prompts_heldout.jsonl --out {out}/eval/shapes"), *seeded)),
         Step("export", (3, 3), command(
             "-m irg_jax.export --checkpoint {out}/stage2 --format bagel --out {out}/export")),
         Step("report", (1, 1), command("-m irg_jax.report {out}")),
@@ -99,11 +105,12 @@ class Timings:
         temporary.replace(self._path)
 
 
-def claim(out: pathlib.Path, size: str) -> TextIO:
-    """Marks `out` as a run of `size`; the open file holds the lock against a second job there.
+def claim(out: pathlib.Path, size: str, seed: int) -> TextIO:
+    """Marks `out` as a run of `size` and `seed`; the open file holds the lock against a second job there.
 
-    Raises: ValueError if `out` holds a run of the other size, something else, or a job at work.
+    Raises: ValueError if `out` holds a run of another size or seed, something else, or a job at work.
     """
+    wanted = f"{size} seed {seed}" if seed else size
     mark = out / "size.txt"
     out.mkdir(parents=True, exist_ok=True)
     if not mark.exists() and any(out.iterdir()):
@@ -115,12 +122,13 @@ def claim(out: pathlib.Path, size: str) -> TextIO:
         raise ValueError(f"another local.sh is at work in {out}; wait for it, or choose another "
                          "--out") from error
     file.seek(0)
-    found = file.read().strip() or size
-    if found != size:
-        raise ValueError(f"{out} holds a {found} run, and this is a {size} one; run it "
-                         f"{'with' if found == 'quick' else 'without'} --quick, or choose another --out")
+    found = file.read().strip() or wanted
+    if found != wanted:
+        raise ValueError(f"{out} holds a {found} run, and this is a {wanted} one; run it "
+                         f"{'with' if found.startswith('quick') else 'without'} --quick and with its --seed, "
+                         "or choose another --out")
     if not mark.stat().st_size:
-        file.write(size + "\n")
+        file.write(wanted + "\n")
         file.flush()
     return file
 
@@ -180,10 +188,10 @@ def is_exported(out: pathlib.Path) -> bool:
             and export.stat().st_mtime > checkpoints.stat().st_mtime)
 
 
-def run_job(size: str, out: pathlib.Path) -> int:
+def run_job(size: str, out: pathlib.Path, seed: int) -> int:
     """All steps; stops at the first that fails and returns its exit status."""
     timings = Timings(out / "timings.json")
-    steps = list_steps(size, str(out))
+    steps = list_steps(size, str(out), seed)
     begin = time.monotonic()
     for index, step in enumerate(steps):
         label = f"step {index + 1} of {len(steps)}: {step.name}"
@@ -200,17 +208,18 @@ def run_job(size: str, out: pathlib.Path) -> int:
         taken = format_seconds(time.monotonic() - started)
         if status:
             print(f"\nerror: {label} failed after {taken} with exit status {status}; to resume:\n"
-                  f"  {resume_line(size, out)}", file=sys.stderr)
+                  f"  {resume_line(size, out, seed)}", file=sys.stderr)
             return status
         if step is not steps[-1]:  # the report's own last words end the job
             print(f"{label} took {taken}", flush=True)
     return 0
 
 
-def resume_line(size: str, out: pathlib.Path) -> str:
+def resume_line(size: str, out: pathlib.Path, seed: int) -> str:
     """What the user typed, as it may be typed again."""
     quick = ["--quick"] if size == "quick" else []
-    return shlex.join(["bash", "launch/local.sh", *quick, "--out", str(out)])
+    seeded = ["--seed", str(seed)] if seed else []
+    return shlex.join(["bash", "launch/local.sh", *quick, *seeded, "--out", str(out)])
 
 
 def format_seconds(seconds: float) -> str:
@@ -226,14 +235,14 @@ def _shorten(path: str) -> str:
     return os.path.relpath(path, ROOT) if pathlib.Path(path).is_relative_to(ROOT) else path
 
 
-def main(size: str, out: pathlib.Path) -> int:
+def main(size: str, out: pathlib.Path, seed: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: _received.append(number))
     try:
-        with claim(out, size):
-            return run_job(size, out)
+        with claim(out, size, seed):
+            return run_job(size, out, seed)
     except Interrupted as error:
-        print(f"\ninterrupted; to resume:\n  {resume_line(size, out)}", file=sys.stderr)
+        print(f"\ninterrupted; to resume:\n  {resume_line(size, out, seed)}", file=sys.stderr)
         return 128 + error.args[0]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -241,6 +250,8 @@ def main(size: str, out: pathlib.Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("full", "quick"):
-        sys.exit("usage: python launch/job.py full|quick OUT")
-    sys.exit(main(sys.argv[1], pathlib.Path(sys.argv[2])))
+    seed = sys.argv[3] if len(sys.argv) == 4 else "0"
+    is_sound = len(sys.argv) in (3, 4) and sys.argv[1] in ("full", "quick") and re.fullmatch(r"\d{1,6}", seed)
+    if not is_sound:
+        sys.exit("usage: python launch/job.py full|quick OUT [SEED]; SEED is a whole number below a million")
+    sys.exit(main(sys.argv[1], pathlib.Path(sys.argv[2]), int(seed)))

@@ -17,6 +17,7 @@ from irg_jax.checkpoints.model import save_model
 from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.results import SYSTEMS, read_manifest, read_results
 from irg_jax.evaluation.shapes import digest_prompts, read_prompts
+from irg_jax.evaluation.statistics import score_table
 from irg_jax.sampling.config import FlowConfig, TextConfig
 from sampling_cases import SETTINGS, make_model
 
@@ -29,9 +30,9 @@ PROMPTS = ["a red circle", "two stars", "a blue ring"]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    for seed, name in enumerate(evaluation.MODELS):
+    for seed, name in enumerate(evaluation.list_models(2)):
         save_model(folder / name, make_model(seed))
-    return {name: str(folder / name) for name in evaluation.MODELS}
+    return {name: str(folder / name) for name in evaluation.list_models(2)}
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +162,27 @@ def test_an_evaluation_is_what_the_report_reads(prompts, checkpoints, tmp_path):
     evaluate(out, prompts, checkpoints)
     manifest, found = read_manifest(out / "manifest.json"), results(out)
     assert manifest.prompts == 3 and manifest.seconds > 0 and manifest.peak_rss_gib > 0.1
-    assert set(manifest.checkpoints) == set(evaluation.MODELS)
+    assert set(manifest.checkpoints) == set(evaluation.list_models(2))
     assert set(found) == {(prompt.id, system) for prompt in prompts for system in SYSTEMS}
     for (_, system), result in found.items():
         image = np.asarray(Image.open(result.image))
         assert image.shape == (32, 32, 3)
         assert result.correct == (not result.reasons)
         assert bool(result.text) <= (system != "base")
+
+
+def test_an_evaluation_of_more_turns_begins_like_one_of_two(prompts, checkpoints, tmp_path):
+    evaluate(tmp_path / "two", prompts, checkpoints)
+    recorder = open_recorder(tmp_path / "three", prompts, turns=3)
+    evaluation.evaluate(prompts, config=QUICK, checkpoints=checkpoints, recorder=recorder, seed=0, batch_size=2,
+                        num_turns=3)
+    two, three = results(tmp_path / "two"), results(tmp_path / "three")
+    assert {system for _, system in three} == {*SYSTEMS, "turn3"}
+    for key, result in two.items():
+        assert result.image.read_bytes() == three[key].image.read_bytes()
+    assert list(score_table(three.values())) == [*SYSTEMS, "turn3"]
+    with pytest.raises(ValueError, match="turns differ"):
+        open_recorder(tmp_path / "two", prompts, turns=3)
 
 
 def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoints, tmp_path,

@@ -89,7 +89,8 @@ def test_help_sets_nothing_up(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--quik"], "'--quik'"), (["--out"], "--out"), (["--out", ""], "--out"), (["more"], "'more'")])
+    (["--quik"], "'--quik'"), (["--out"], "--out"), (["--out", ""], "--out"), (["more"], "'more'"),
+    (["--seed"], "--seed"), (["--seed", "one"], "'one'"), (["--seed=-1"], "'-1'")])
 def test_unknown_options_are_named(house, arguments, words):
     code, output = run(house, *arguments)
     assert code == 2 and words in output
@@ -115,6 +116,20 @@ def test_quick_takes_every_quick_config(house):
     with_config = [line for line in logged(house) if "--config " in line]
     assert len(with_config) == 7
     assert all(".py:quick" in line for line in with_config)
+
+
+def test_a_seed_reaches_what_is_drawn_and_trained_and_not_the_prompts(house):
+    assert run(house, "--seed", "2")[0] == 0
+    lines = logged(house)
+    seeded = {line.split()[0] for line in lines if "seed" in line}
+    assert seeded == {"draft", "train", "evaluate"}
+    assert all(line.endswith("--seed 2") for line in lines if line.split()[0] in ("draft", "evaluate"))
+    assert all(line.endswith("--config.seed=44 --config.data.seed=44") for line in lines if line[:5] == "train")
+    assert (house / "runs" / "shapes" / "size.txt").read_text() == "full seed 2\n"
+    code, output = run(house)
+    assert code == 1 and "holds a full seed 2 run" in output
+    code, output = run(house, "--seed=2", FAIL="build")
+    assert code == 7 and "bash launch/local.sh --seed 2 --out runs/shapes" in output
 
 
 def test_out_is_meant_where_the_caller_stands(house, tmp_path):

@@ -162,7 +162,7 @@ def test_a_step_logged_twice_counts_once(run):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"system": "turn3"}, "'turn3'"),
+    ({"system": "turn10"}, "'turn10'"),
     ({"correct": 1}, "field 'correct' must be true or false"),
     ({"reasons": "none"}, "field 'reasons' must be a list of strings"),
     ({"seen": ...}, "lacks the field 'seen'"),

@@ -1,5 +1,6 @@
 """What is said about scenes: true, short, and in one small vocabulary."""
 
+import itertools
 import re
 
 import numpy as np
@@ -39,6 +40,7 @@ def texts(stories):
     return {
         "prompt": [language.prompt(rng, request) for rng, request, *_ in stories],
         "think": [language.think(rng, request, scene) for rng, request, scene, *_ in stories],
+        "caption": [language.caption(rng, scene) for rng, _, scene, *_ in stories],
         "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
         "reflect": [language.reflect(rng, request, flaws=(flaw,), flawed=flawed, right=scene)
                     for rng, request, scene, flawed, flaw in stories],
@@ -46,12 +48,13 @@ def texts(stories):
                    for rng, request, scene, *_ in stories],
         "question": [text for rng, _, scene, *_ in stories
                      for text in language.question(rng, scene)],
-        "fixed": [language.SYSTEM_PROMPT, language.HOW_TO_THINK, language.HOW_TO_IMPROVE],
+        "fixed": [language.SYSTEM_PROMPT, language.HOW_TO_THINK, language.HOW_TO_IMPROVE,
+                  language.WHAT_IS_WHERE],
     }
 
 
 @pytest.mark.parametrize("kind, most", [
-    ("think", 30), ("describe", 14), ("reflect", 60), ("praise", 60), ("prompt", 30)])
+    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 60), ("praise", 60), ("prompt", 30)])
 def test_texts_keep_to_their_budget(texts, kind, most):
     assert max(num_words(text) for text in texts[kind]) <= most
     assert num_words(language.SYSTEM_PROMPT) <= 16
@@ -97,6 +100,12 @@ def test_a_plan_names_every_thing_where_it_is():
     for item in ("red circle at top left", "striped red circle at bottom left",
                  "blue square at right"):
         assert item in plan
+
+
+def test_a_caption_says_where_everything_is_in_any_order():
+    items = ["red circle at top left", "striped red circle at bottom left", "blue square at right"]
+    texts = {language.caption(np.random.default_rng(seed), SCENE) for seed in range(40)}
+    assert texts == {f"{'; '.join(order)}; pale pink background." for order in itertools.permutations(items)}
 
 
 def test_a_description_counts():

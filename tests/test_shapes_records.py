@@ -28,6 +28,8 @@ SEQUENCES = {
     "understanding": "[i+vit] q [t*]",
     "description": "s p [t* i*]",
     "editing": "[i+vae+vit] q [i*]",
+    "captioned": "p [i*]",
+    "captioning": "[i+vit] q [t*]",
 }
 
 

@@ -16,7 +16,10 @@ SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and im
 HOW_TO_THINK = "how should one think about the prompt before drawing this picture?"
 HOW_TO_IMPROVE = "how should one improve the first picture to get the second one?"
 
+WHAT_IS_WHERE = "what is where?"
+
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
 MAX_REFLECTION = 60  # words; where they allow it, the final prompt also names the background
@@ -56,12 +59,17 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 
 def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
     """The plan before drawing, in think tags: what, which colour, where. At most 30 words."""
-    few = len(scene.things) <= 2
-    items = [f"{_look(thing, full=few)} at {where(thing)}" for thing in scene.things]
-    if request.relation and few:
+    items = _placed(scene)
+    if request.relation and len(items) <= 2:
         items[0] += f", {request.relation} the {scene.things[1].shape}"
     opening = pick(rng, ("plan:", "i plan:", "the picture needs:", "i will draw:"))
     return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")
+
+
+def caption(rng: np.random.Generator, scene: Scene) -> str:
+    """All that the picture shows and where, in any order: the long caption of a training picture."""
+    items = _placed(scene)
+    return f"{'; '.join(items[i] for i in rng.permutation(len(items)))}; {scene.background} background."
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
@@ -150,6 +158,11 @@ def where(thing: Thing) -> str:
     return f"{row} {column}".strip() or "middle"
 
 
+def size_word(thing: Thing) -> str | None:
+    """What a thing's size may be called; None between small and large."""
+    return next((size for size in SIZES if has_size(size, thing.size)), None)
+
+
 def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[str, str, str]:
     """(what is wrong, what must be, what to do) of one flaw."""
     seen, wanted = [thing.shape for thing in flaw.seen], [thing.shape for thing in flaw.wanted]
@@ -222,8 +235,13 @@ def _counted(count: int, *words: str) -> str:
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
+def _placed(scene: Scene) -> list[str]:
+    """Every thing with its place; of one or two also the size."""
+    return [f"{_look(thing, full=len(scene.things) <= 2)} at {where(thing)}" for thing in scene.things]
+
+
 def _look(thing: Thing, *, full: bool) -> str:
-    size = next((size for size in SIZES if has_size(size, thing.size)), None) if full else None
+    size = size_word(thing) if full else None
     texture = thing.texture if thing.texture != "plain" else None
     return " ".join(word for word in (size, texture, thing.colour, thing.shape) if word)
 

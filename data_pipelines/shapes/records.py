@@ -15,6 +15,8 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     understanding                     image (ViT only), question, answer*
     description                       system, prompt, describe*, image*
     editing                           image1, instruction, image2*
+    captioned                         caption, image*
+    captioning                        image (ViT only), question, caption*
 """
 
 import base64
@@ -43,7 +45,7 @@ MODES = (
     "improving_thinking_generation",
     "improving_full",
 )
-BASE_MODES = ("text_to_image", "understanding", "description", "editing")
+BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -177,6 +179,11 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
                                             right=story.right)
             return [_assistant(_seen(story.flawed, side)), _user(instruction),
                     _assistant(_drawn(story.right, side))]
+        case "captioned":
+            return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
+        case "captioning":
+            return [_assistant(_image(story.flawed, side, need_vit=True)), _user(language.WHAT_IS_WHERE),
+                    _assistant(_text(language.caption(rng, story.flawed)))]
     raise AssertionError(mode)
 
 

@@ -19,12 +19,15 @@ from data_pipelines.shapes.sample import sample_request, sample_scene
 
 KINDS = {  # in this order; the first that matches the beginning of a question names it
     "what": ("what is in the picture", "what does the image show"),
+    "what is where": (language.WHAT_IS_WHERE,),
     "background": ("what is the colour of the background",),
     "which colour": ("what is the colour",),
     "how many": ("how many",),
     "where": ("where",),
     "is there": ("is there",),
 }
+
+LAYOUT_SHARE = 0.15   # of the questions ask for everything and its place
 
 
 class Question(NamedTuple):
@@ -42,14 +45,23 @@ class Question(NamedTuple):
 def make_question(index: int, *, seed: int, side: int) -> Question:
     rng = generator(seed, "examination", index)
     scene = sample_scene(rng, sample_request(rng, split="train"), split="train")
-    return Question(render(scene, side=side), *language.question(rng, scene))
+    image = render(scene, side=side)
+    if rng.random() < LAYOUT_SHARE:
+        return Question(image, language.WHAT_IS_WHERE, language.caption(rng, scene))
+    return Question(image, *language.question(rng, scene))
 
 
 def is_right(question: Question, given: str) -> bool:
     """Whether an answer says what is true."""
+    if question.kind == "what is where":
+        return _parts(given) == _parts(question.answer)
     if question.kind != "what":
         return given.strip() == question.answer
     return _listed(given) == _listed(question.answer)
+
+
+def _parts(text: str) -> list[str]:
+    return sorted(text.strip().removesuffix(".").split("; "))
 
 
 def _listed(text: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 SYSTEMS = ("base", "self_cot", "turn1", "turn2")
+MORE_TURNS = tuple(f"turn{number}" for number in range(3, 10))   # may be there, in this order
 STAGES = ("stage1", "stage2")
 METRICS = ("time", "loss", "ce", "mse", "learning_rate", "grad_norm", "tokens_per_second",
            "step_seconds", "fill_text", "fill_vit", "fill_latent")
@@ -107,9 +108,9 @@ def read_results(path: pathlib.Path) -> tuple[Result, ...]:
         record |= {"reasons": tuple(record["reasons"]), "seen": tuple(record["seen"]),
                    "image": _resolve_image(path.parent, record["image"], place)}
         result = Result(**record)
-        if result.system not in SYSTEMS:
+        if result.system not in SYSTEMS + MORE_TURNS:
             raise ValueError(f"{place}: field 'system' is {result.system!r}; "
-                             f"use one of {', '.join(SYSTEMS)}")
+                             f"use one of {', '.join(SYSTEMS + MORE_TURNS)}")
         if result.category in ("", "overall"):
             raise ValueError(f"{place}: field 'category' is {result.category!r}; name a category")
         if (result.id, result.system) in results:

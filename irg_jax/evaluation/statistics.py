@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from irg_jax.evaluation.results import SYSTEMS, Result, Run
+from irg_jax.evaluation.results import MORE_TURNS, SYSTEMS, Result, Run
 
 DIFFERENCES = {"turn2_minus_turn1": ("turn2", "turn1"), "turn1_minus_base": ("turn1", "base")}
 OUTCOMES = {  # name -> (is turn 1 right, is turn 2 right)
@@ -46,7 +46,7 @@ def align_verdicts(results: Sequence[Result]) -> Verdicts:
     for result in results:
         first.setdefault(result.id, result)
     present = {result.system for result in results}
-    systems = [system for system in SYSTEMS if system in present]
+    systems = [system for system in SYSTEMS + MORE_TURNS if system in present]
     missing = [f"{name} by {system}" for name in first for system in systems
                if (name, system) not in by_key]
     if missing:

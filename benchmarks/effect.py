@@ -1,0 +1,160 @@
+"""The paper's effect on the miniature: seeds, further turns, the length of thoughts, and the ablation.
+
+    python benchmarks/effect.py seeds --out runs/effect       the main job with seeds 0, 1, 2
+    python benchmarks/effect.py turns --run runs/shapes       four turns of a trained model
+    python benchmarks/effect.py length --run runs/shapes      gain of turn 2 against the words of its thought
+    python benchmarks/effect.py ablation --run runs/shapes    base; better images; trajectories; six modes
+
+Each runs public commands (finished ones find their work done), prints a table, writes
+benchmarks/results/effect_<name>.json and prints it last. --run is a finished `launch/local.sh`.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import machine
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from irg_jax.evaluation.results import SYSTEMS, read_results  # noqa: E402
+from irg_jax.evaluation.statistics import (  # noqa: E402
+    Interval,
+    align_verdicts,
+    paired_bootstrap,
+    score_table,
+)
+
+TURNS = 4
+GROUPS = 4       # of prompts, by the length of the second thought
+DRAW = ("--benchmark", "shapes", "--config", "configs/shapes_generate.py")
+
+
+def run(*arguments: str) -> None:
+    """A command of the repository's root; its output passes through."""
+    print("$", *arguments, flush=True)
+    subprocess.run(arguments, cwd=ROOT, check=True)
+
+
+def python(*arguments: str) -> None:
+    run(sys.executable, *arguments)
+
+
+def difference(results: Sequence[Any], one: str, other: str) -> dict[str, Any]:
+    """Mean and 95 % interval of one system minus another, as the report has it."""
+    verdicts = align_verdicts(results)
+    return as_json(paired_bootstrap(verdicts.correct[one], verdicts.correct[other], seed=0,
+                                    strata=verdicts.categories))
+
+
+def as_json(interval: Interval) -> dict[str, Any]:
+    return {"mean": round(interval.mean, 4), "ci95": [round(interval.low, 4), round(interval.high, 4)]}
+
+
+def overall(results: Sequence[Any]) -> dict[str, float]:
+    return {system: round(scores["overall"], 4) for system, scores in score_table(results).items()}
+
+
+def measure_seeds(flags: argparse.Namespace) -> dict[str, Any]:
+    """The main job once a seed: scores, both differences, time and memory."""
+    cases = []
+    for seed in flags.seeds:
+        folder = pathlib.Path(flags.out) / f"seed{seed}"
+        run("bash", "launch/local.sh", "--seed", str(seed), "--out", str(folder))
+        report = json.loads((ROOT / folder / "report.json").read_text(encoding="utf-8"))
+        cases.append({"seed": seed, **{system: report[system]["overall"] for system in SYSTEMS},
+                      **{name: report[name] for name in ("turn2_minus_turn1", "turn1_minus_base")},
+                      "outcomes": report["outcomes"], "seconds": report["seconds"],
+                      "peak_rss_gib": report["peak_rss_gib"]})
+    for case in cases:
+        print_row(f"seed {case['seed']}", *(case[system] for system in SYSTEMS), case["turn2_minus_turn1"],
+                  case["turn1_minus_base"])
+    return {"cases": cases}
+
+
+def measure_turns(flags: argparse.Namespace) -> dict[str, Any]:
+    """Scores of turns 1 to TURNS, and what each adds to the first."""
+    folder = pathlib.Path(flags.run, "eval", f"turns{TURNS}")
+    python("-m", "irg_jax.evaluate", *DRAW, "--base", f"{flags.run}/base", "--checkpoint",
+           f"{flags.run}/stage2", "--prompts", f"{flags.run}/data/prompts_heldout.jsonl",
+           "--out", str(folder), "--turns", str(TURNS))
+    results = read_results(ROOT / folder / "results.jsonl")
+    scores = overall(results)
+    gains = {f"turn{turn}_minus_turn1": difference(results, f"turn{turn}", "turn1")
+             for turn in range(2, TURNS + 1)}
+    for name, score in scores.items():
+        print_row(name, score, *([gains[f"{name}_minus_turn1"]] if f"{name}_minus_turn1" in gains else []))
+    return {"scores": scores, **gains}
+
+
+def measure_length(flags: argparse.Namespace) -> dict[str, Any]:
+    """The prompts in GROUPS of equal size by the words of the second thought; what turn 2 gained in each."""
+    results = read_results(ROOT / flags.run / "eval" / "shapes" / "results.jsonl")
+    verdicts = align_verdicts(results)
+    words = {result.id: len(result.text.split()) for result in results if result.system == "turn2"}
+    lengths = np.array([words[name] for name in verdicts.ids])
+    gain = verdicts.correct["turn2"].astype(float) - verdicts.correct["turn1"]
+    cases = []
+    for rows in np.array_split(np.argsort(lengths, kind="stable"), GROUPS):
+        right = {turn: verdicts.correct[turn][rows] for turn in ("turn1", "turn2")}
+        cases.append({"words": [int(lengths[rows].min()), int(lengths[rows].max())], "prompts": len(rows),
+                      "turn1": round(float(right["turn1"].mean()), 4),
+                      "gain": as_json(paired_bootstrap(right["turn2"], right["turn1"], seed=0))})
+        print_row("{} to {} words".format(*cases[-1]["words"]), cases[-1]["turn1"], cases[-1]["gain"])
+    return {"cases": cases, "correlation": round(float(np.corrcoef(lengths, gain)[0, 1]), 4)}
+
+
+def measure_ablation(flags: argparse.Namespace) -> dict[str, Any]:
+    """What each ingredient adds, at an equal number of steps: images alone, trajectories, all six modes."""
+    base, folder = f"{flags.run}/base", pathlib.Path(flags.run, "ablation")
+    python("-m", "data_pipelines.build", "--config", "configs/shapes_data.py:images", "--source", "shapes",
+           "--format", "parquet", "--out", str(folder / "data"))
+    for name, data, moments in (("images", folder / "data", ""),
+                                ("trajectories", f"{flags.run}/data", f"{flags.run}/moments")):
+        python("-m", "irg_jax.train", "--config", f"configs/shapes_ablation.py:{name}", "--workdir",
+               str(folder), f"--config.init_from={base}", f"--config.data.source={data}",
+               f"--config.data.moments={moments}")
+    python("-m", "irg_jax.evaluate", *DRAW, "--base", str(folder / "images"),
+           "--checkpoint", str(folder / "trajectories"), "--prompts", f"{flags.run}/data/prompts_heldout.jsonl",
+           "--out", str(folder / "eval"))
+    whole = overall(read_results(ROOT / flags.run / "eval" / "shapes" / "results.jsonl"))
+    parts = overall(read_results(ROOT / folder / "eval" / "results.jsonl"))
+    rows = {"base": (whole["base"],), "+ better images only": (parts["base"],),
+            "+ full trajectories": (parts["turn1"], parts["turn2"]),
+            "+ six modes": (whole["turn1"], whole["turn2"])}
+    for name, scores in rows.items():
+        print_row(name, *scores)
+    return {"scores": {name: dict(zip(("turn1", "turn2"), scores)) for name, scores in rows.items()}}
+
+
+def print_row(name: str, *values: float | Mapping[str, Any]) -> None:
+    """A row of a Markdown table."""
+    cells = [f"{value:.2f}" if isinstance(value, float) else
+             "{:+.2f} [{:+.2f}, {:+.2f}]".format(value["mean"], *value["ci95"]) for value in values]
+    print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+MEASURES = {"seeds": measure_seeds, "turns": measure_turns, "length": measure_length,
+            "ablation": measure_ablation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measure", choices=MEASURES)
+    parser.add_argument("--run", default="runs/shapes", help="folder of a finished main job")
+    parser.add_argument("--out", default="runs/effect", help="folder of the runs of `seeds`")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    flags = parser.parse_args()
+    about = machine.describe("jax", "flax", "numpy")
+    result = {"benchmark": f"effect_{flags.measure}", **about, **MEASURES[flags.measure](flags)}
+    machine.keep(result, machine.RESULTS / f"effect_{flags.measure}.json")
+
+
+if __name__ == "__main__":
+    main()
