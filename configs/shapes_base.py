@@ -3,14 +3,14 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set (3 minutes), trains a tokenizer and the autoencoder (15 minutes on two idle cores), computes
-moments (7 minutes), trains the network to draw (an hour), its vision encoder by itself (4 minutes), then the
-network on all of plain text-to-image, captions, questions and editing (85 minutes; no reflection, no IRGL), and
-exports in the released layout in bf16. Interrupted, the same command resumes.
+builds the data set (3 minutes), trains a tokenizer and the autoencoder (15), computes moments (7), trains the
+network to draw (60), its vision encoder by itself (4), then the network on plain text-to-image, captions,
+questions and editing (85; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the
+same command resumes. Minutes are of two cores, put together from parts that ran at different times.
 
 The weights in assets/shapes_base are an intermediate: step 5,000 of the last stage's 9,000. Expected there:
-self-CoT draws 39 % of 150 training prompts right (`irg_jax.draft`), and 59 % of 300 questions about scenes are
-answered right (`irg_jax.examine`); places are hardly read yet.
+self-CoT draws 39 % of 150 training prompts right (`irg_jax.draft --num 150`, read by the detector), and 59 % of
+questions about scenes are answered right (`irg_jax.examine --num 300`); places are hardly read yet.
 """
 
 import ml_collections

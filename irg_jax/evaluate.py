@@ -99,10 +99,8 @@ def main(values: Any) -> None:
     prompts = read_prompts(values.prompts, limit=values.limit)
     batch_size = min(values.batch or config.batch_size, len(prompts))
     settings = describe_settings(config)
-    identity = {"seed": values.seed, "settings": settings, "prompts": digest_prompts(prompts)}
-    if values.turns != 2:
-        identity["turns"] = values.turns
-    recorder = Recorder(values.out, identity)
+    recorder = Recorder(values.out, {"seed": values.seed, "settings": settings, "turns": values.turns,
+                                     "prompts": digest_prompts(prompts)})
     is_new = not recorder.is_complete
     evaluate(prompts, config=config, recorder=recorder, seed=values.seed, batch_size=batch_size,
              num_turns=values.turns,

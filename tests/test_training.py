@@ -129,6 +129,24 @@ def test_padding_tokens_change_nothing():
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_stream_of_no_tokens_is_like_one_of_padding(accumulate):
+    """`vit_tokens` may be 0, where no picture is looked at."""
+    config = data_config(text_tokens=24, vit_tokens=16, latent_tokens=24, images=3)
+    rng = np.random.default_rng(0)
+    image = VAEImage(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8), True, 0.3)
+    packs = [assemble([[Text([5, 6, 7], True), image]], config=dataclasses.replace(config, vit_tokens=tokens),
+                      tokenizer=FakeTokenizer()) for tokens in (16, 0)]
+    gradient = jax.jit(make_gradient(NETWORK, dataclasses.replace(CONFIG, accumulate=accumulate)))
+    results = []
+    for pack in packs:
+        batch = jax.tree.map(lambda x: np.stack([x, x]), pack)
+        latent = jnp.ones((*batch.latent_image.shape, MODEL.latent_channels))
+        results.append(gradient(NETWORK.init(0), batch, make_flow(batch, 0.5 * latent, latent, 1.0)))
+    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)   # keys are summed in another order
+
+
 def test_frozen_parameters_stay_and_ema_follows_its_rule():
     config = OptimizerConfig(frozen=("vit", "embed"), ema_decay=0.9, ema_copies_frozen=False)
     _, state = run(MeshConfig(), 1, dataclasses.replace(CONFIG, optimizer=config), steps=1)

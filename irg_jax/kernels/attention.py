@@ -45,6 +45,8 @@ def attend(
     Rows are int32 [B, S] and [B, C]. Memory is linear in S and C; the backward pass recomputes scores.
     """
     length = query.shape[1]
+    if not length:   # a stream without tokens, e.g. `vit_tokens` is 0
+        return query
     query = rearrange(query, "b s (k r) h -> b k s r h", k=key.shape[2])
     key, value = (rearrange(x, "b c k h -> b k c h") for x in (key, value))
     if length <= BLOCK:

@@ -33,7 +33,7 @@ class ViTLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "B V D"], rows: Rows) -> Float[Array, "B V D"]:
         y = self.norm1(x)
-        heads = lambda z: z.reshape(*z.shape[:2], self.num_heads, -1)
+        heads = lambda z: z.reshape(*z.shape[:2], self.num_heads, z.shape[2] // self.num_heads)
         attended = attend(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)), rows, rows)
         x = x + self.o(attended.reshape(*x.shape))
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))

@@ -1,5 +1,6 @@
 """Trains a small model on arrays and resumes: for the parts of a base that are trained by themselves."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -49,33 +50,34 @@ def fit(loss: Loss, init: Callable[[], Params], draw_batch: Callable[[int], Any]
         folder: pathlib.Path) -> Params:
     """The averaged parameters after `total_steps`; bundles in `folder`, whose name the progress bar shows.
 
+    Whatever ends it, a save under way is finished first.
+
     Args: loss takes (params, batch, key) and returns it with metrics; draw_batch depends on its step alone,
         so that a resumed run goes on as it would have.
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, min(100, config.total_steps // 5),
                                                   config.total_steps, 0.0)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, 0.9, 0.99))
-    bundles = Bundles(folder, keep=1)
-    start = bundles.latest() or 0
-    params = jax.jit(init)()
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params),
-             "ema": jax.tree.map(jnp.copy, params)}
-    if start:
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        abstract = jax.tree.map(place, state)
-        ema = abstract.pop("ema")
-        items = bundles.restore(start, state=abstract, ema=ema)
-        state = items["state"] | {"ema": items["ema"]}
     step = jax.jit(make_step(loss, config, optimizer), donate_argnums=0)
-    bar = tqdm.tqdm(range(start, config.total_steps), initial=start, total=config.total_steps,
-                    desc=folder.name, unit="step", mininterval=1.0)
-    for index in bar:
-        state, metrics = step(state, draw_batch(index))
-        if index % 20 == 0:
-            bar.set_postfix({name: f"{float(value):.4f}" for name, value in metrics.items()}, refresh=False)
-        if (index + 1) % config.save_every == 0 or index + 1 == config.total_steps:
-            item = dict(state)
-            ema = item.pop("ema")
-            bundles.save(index + 1, state=item, ema=ema, position={"next_step": index + 1})
-    bundles.close()
+    with contextlib.closing(Bundles(folder, keep=1)) as bundles:
+        start = bundles.latest() or 0
+        params = jax.jit(init)()
+        state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params),
+                 "ema": jax.tree.map(jnp.copy, params)}
+        if start:
+            place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            abstract = jax.tree.map(place, state)
+            ema = abstract.pop("ema")
+            items = bundles.restore(start, state=abstract, ema=ema)
+            state = items["state"] | {"ema": items["ema"]}
+        bar = tqdm.tqdm(range(start, config.total_steps), initial=start, total=config.total_steps,
+                        desc=folder.name, unit="step", mininterval=1.0)
+        for index in bar:
+            state, metrics = step(state, draw_batch(index))
+            if index % 20 == 0:
+                bar.set_postfix({name: f"{float(value):.4f}" for name, value in metrics.items()}, refresh=False)
+            if (index + 1) % config.save_every == 0 or index + 1 == config.total_steps:
+                item = dict(state)
+                ema = item.pop("ema")
+                bundles.save(index + 1, state=item, ema=ema, position={"next_step": index + 1})
     return state["ema"]
