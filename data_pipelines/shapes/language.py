@@ -11,6 +11,7 @@ import numpy as np
 from data_pipelines.shapes.flaws import Flaw
 from data_pipelines.shapes.sample import pick
 from data_pipelines.shapes.scene import COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural
+from data_pipelines.shapes.split import is_training
 
 SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and improve it."
 HOW_TO_THINK = "how should one think about the prompt before drawing this picture?"
@@ -66,10 +67,12 @@ def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
     return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")
 
 
-def caption(rng: np.random.Generator, scene: Scene) -> str:
-    """All that the picture shows and where, in any order: the long caption of a training picture."""
+def caption(rng: np.random.Generator | None, scene: Scene) -> str:
+    """All that the picture shows and where, in any order; without an rng as one reads, from the top left."""
     items = _placed(scene)
-    return f"{'; '.join(items[i] for i in rng.permutation(len(items)))}; {scene.background} background."
+    by_place = lambda i: (PLACES.index(where(scene.things[i])), scene.things[i].x)
+    order = sorted(range(len(items)), key=by_place) if rng is None else rng.permutation(len(items))
+    return f"{'; '.join(items[i] for i in order)}; {scene.background} background."
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
@@ -122,10 +125,11 @@ _PRAISE = ("the image shows all that the prompt asks for", "no change is needed"
 
 
 def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """A question about the picture and its answer: what, how many, which colour, where."""
+    """A question about the picture and its answer: what, how many, which colour, where, what is there."""
     thing = pick(rng, scene.things)
     same = [other for other in scene.things if other.shape == thing.shape]
-    match rng.integers(6):
+    there = [other for other in scene.things if where(other) == where(thing)]
+    match rng.integers(7):
         case 0:
             return pick(rng, ("what is in the picture?", "what does the image show?")), describe(
                 rng, scene)
@@ -138,12 +142,23 @@ def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         case 3 if len(same) == 1:
             return f"where is the {thing.shape}?", f"at the {where(thing)}."
         case 4:
-            colour = thing.colour if rng.random() < 0.5 else pick(rng, COLOURS)
+            known = [colour for colour in COLOURS if is_training(Request("colors", (Group(thing.shape, 1, colour),)))]
+            colour = thing.colour if rng.random() < 0.5 else pick(rng, known)
             seen = any(other.colour == colour for other in same)
             return f"is there {_counted(1, colour, thing.shape)}?", "yes." if seen else "no."
         case 5:
             return "what is the colour of the background?", f"{scene.background}."
+        case 6 if len(there) == 1:
+            return f"what is at the {where(thing)}?", f"{_counted(1, thing.colour, thing.shape)}."
     return "how many things are there?", f"{NUMBERS[len(scene.things)]}."
+
+
+def questions(rng: np.random.Generator, scene: Scene, num: int) -> list[tuple[str, str]]:
+    """`num` different questions about the picture, with their answers."""
+    asked: dict[str, str] = {}
+    while len(asked) < num:
+        asked.update((question(rng, scene),))
+    return list(asked.items())
 
 
 def tagged(text: str) -> str:

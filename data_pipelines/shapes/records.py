@@ -12,11 +12,13 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     improving_full                    system, prompt, think1, image1, think2*, image2*
 
     text_to_image                     prompt, image*
-    understanding                     image (ViT only), question, answer*
+    understanding                     image (ViT only), (question, answer*) x 3
     description                       system, prompt, describe*, image*
-    editing                           image1, instruction, image2*
+    editing                           [what was asked for,] image1, instruction [and caption], image2*
     captioned                         caption, image*
     captioning                        image (ViT only), question, caption*
+    reading                           caption, (question, answer*) x 3
+    naming                            system, prompt, describe*; both in other words
 """
 
 import base64
@@ -24,6 +26,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +35,7 @@ from PIL import Image
 from data_pipelines.shapes import language
 from data_pipelines.shapes.drafts import SeenDraft
 from data_pipelines.shapes.flaws import Flaw, make_flawed
+from data_pipelines.shapes.reading import NUM_QUESTIONS, name_things, read_caption
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import sample_request, sample_scene
@@ -45,7 +49,8 @@ MODES = (
     "improving_thinking_generation",
     "improving_full",
 )
-BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning")
+BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
+              "naming")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -167,24 +172,45 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "text_to_image":
             return [_user(story.prompt), _assistant(_drawn(story.right, side))]
         case "understanding":
-            asked, answer = language.question(rng, story.flawed)
-            return [_assistant(_image(story.flawed, side, need_vit=True)), _user(asked),
-                    _assistant(_text(answer))]
+            asked = language.questions(rng, story.flawed, NUM_QUESTIONS)
+            return [_assistant(_image(story.flawed, side, need_vit=True)), *_answered(asked)]
         case "description":
             thought = language.tagged(language.describe(rng, story.right))
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
                     _assistant(_text(thought), _drawn(story.right, side))]
         case "editing":
-            instruction = language.instruct(rng, story.request, flaws=story.flaws, flawed=story.flawed,
-                                            right=story.right)
-            return [_assistant(_seen(story.flawed, side)), _user(instruction),
-                    _assistant(_drawn(story.right, side))]
+            return _edit_turns(rng, story, side)
         case "captioned":
             return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
         case "captioning":
             return [_assistant(_image(story.flawed, side, need_vit=True)), _user(language.WHAT_IS_WHERE),
-                    _assistant(_text(language.caption(rng, story.flawed)))]
+                    _assistant(_text(language.caption(None, story.flawed)))]
+        case "reading":
+            told, asked = read_caption(rng, story.right)
+            return [_user(told), *_answered(asked)]
+        case "naming":
+            prompt, thought = name_things(rng, story.prompt, story.right)
+            return [_user(language.SYSTEM_PROMPT), _user(prompt), _assistant(_text(thought))]
     raise AssertionError(mode)
+
+
+def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+    """A picture and how to change it, by itself or late in a longer conversation."""
+    before, instruction = [], language.instruct(rng, story.request, flaws=story.flaws, flawed=story.flawed,
+                                                right=story.right)
+    match rng.integers(4):
+        case 0:
+            before = [_user(story.prompt)]
+        case 1:
+            before = [_user(language.caption(rng, story.flawed))]
+        case 2:
+            instruction += f" {language.caption(rng, story.right)}"
+    return [*before, _assistant(_seen(story.flawed, side)), _user(instruction),
+            _assistant(_drawn(story.right, side))]
+
+
+def _answered(asked: Sequence[tuple[str, str]]) -> list[Turn]:
+    return [turn for question, answer in asked for turn in (_user(question), _assistant(_text(answer)))]
 
 
 def _user(content: str) -> Turn:

@@ -20,6 +20,7 @@ from data_pipelines.shapes.sample import sample_request, sample_scene
 KINDS = {  # in this order; the first that matches the beginning of a question names it
     "what": ("what is in the picture", "what does the image show"),
     "what is where": (language.WHAT_IS_WHERE,),
+    "what is there": ("what is at the",),
     "background": ("what is the colour of the background",),
     "which colour": ("what is the colour",),
     "how many": ("how many",),
@@ -47,7 +48,7 @@ def make_question(index: int, *, seed: int, side: int) -> Question:
     scene = sample_scene(rng, sample_request(rng, split="train"), split="train")
     image = render(scene, side=side)
     if rng.random() < LAYOUT_SHARE:
-        return Question(image, language.WHAT_IS_WHERE, language.caption(rng, scene))
+        return Question(image, language.WHAT_IS_WHERE, language.caption(None, scene))
     return Question(image, *language.question(rng, scene))
 
 
