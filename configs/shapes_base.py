@@ -45,20 +45,35 @@ def get_config() -> ml_collections.ConfigDict:
             "save_every": 500,
             "seed": 0,
         },
-        "draw": _stage("draw", "initial", 6000, schedule="constant", groups={
-            "text_to_image": {"weight": 3.0}, "description": {"weight": 1.5},
-            "understanding": {"weight": 1.0}, "editing": {"weight": 1.0}},
+        "draw": _stage(
+            "draw", "initial", 6000, schedule="constant",
+            weights={"text_to_image": 3.0, "description": 1.5, "understanding": 1.0, "editing": 1.0},
             # about three records a pack; small packs keep attention cheap
-            packs_per_step=28, text_tokens=72, vit_tokens=16, max_tokens_per_record=136),
-        "train": _stage("base", "seeing", 9000, schedule="cosine", groups={
-            "text_to_image": {"weight": 2.0}, "captioned": {"weight": 2.0}, "description": {"weight": 1.5},
-            "understanding": {"weight": 2.5}, "captioning": {"weight": 2.5}, "editing": {"weight": 1.0}},
-            packs_per_step=22, text_tokens=88, vit_tokens=32, max_tokens_per_record=168),
+            packs_per_step=28, text_tokens=72, vit_tokens=16, latent_tokens=48, images=3,
+            max_tokens_per_record=136),
+        "see": _stage(
+            "see", "seeing", 6800,
+            weights={"text_to_image": 2.0, "captioned": 2.0, "description": 1.5, "understanding": 2.5,
+                     "captioning": 2.5, "editing": 1.0},
+            packs_per_step=20, text_tokens=120, vit_tokens=32, latent_tokens=48, images=3,
+            max_tokens_per_record=200),
+        "read": _stage(
+            "read", "see", 1000, schedule="constant", ema_decay=0.99, text_dropout=0.0,
+            weights={"reading": 3.0, "naming": 1.0},
+            packs_per_step=12, text_tokens=288, vit_tokens=0, latent_tokens=16, images=1,
+            max_tokens_per_record=300),
+        "train": _stage(
+            "base", "read", 4000, learning_rate=1e-3, timestep_shift=2.0,
+            weights={"text_to_image": 1.5, "captioned": 2.5, "description": 1.5, "editing": 2.0,
+                     "understanding": 2.0, "captioning": 1.5, "reading": 1.5, "naming": 1.0},
+            packs_per_step=12, text_tokens=208, vit_tokens=32, latent_tokens=64, images=4,
+            max_tokens_per_record=304),
     })
 
 
-def _stage(stage: str, init_from: str, total_steps: int, *, schedule: str, groups: dict,
-           **budgets: int) -> dict:
+def _stage(stage: str, init_from: str, total_steps: int, *, weights: dict[str, float],
+           learning_rate: float = 1.5e-3, schedule: str = "cosine", ema_decay: float = 0.9985,
+           timestep_shift: float = 1.5, text_dropout: float = 0.1, **budgets: int) -> dict:
     """A stage of the network. Names of folders are below the workdir; `make_base` writes all of them."""
     return {
         "stage": stage,
@@ -67,15 +82,15 @@ def _stage(stage: str, init_from: str, total_steps: int, *, schedule: str, group
         "dtype": "float32",
         "remat": False,
         "save_every": 250,
-        "loss": {"timestep_shift": 1.5, "vae_batch": 32},
-        "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 200, "schedule": schedule, "eps": 1e-8,
-                      "b2": 0.98, "ema_decay": 0.9985},
+        "loss": {"timestep_shift": timestep_shift, "vae_batch": 32},
+        "optimizer": {"learning_rate": learning_rate, "warmup_steps": 200, "schedule": schedule, "eps": 1e-8,
+                      "b2": 0.98, "ema_decay": ema_decay},
         "data": {
             "source": "data",
             "moments": "moments",        # computed before the first step
-            "groups": groups,
-            "latent_tokens": 48, "images": 3, **budgets,
-            "text_dropout": 0.1, "vit_dropout": 0.05, "vae_dropout": 0.2,
+            "groups": {name: {"weight": weight} for name, weight in weights.items()},
+            **budgets,
+            "text_dropout": text_dropout, "vit_dropout": 0.05, "vae_dropout": 0.2,
             "vae_transform": {"stride": 16, "max_size": 64, "min_size": 64},
             "vit_transform": {"stride": 14, "max_size": 56, "min_size": 56},
             "max_latent_size": 8, "vit_max_side": 8,

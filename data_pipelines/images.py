@@ -4,6 +4,7 @@ Image arrays are uint8 [H, W, 3]; the normalisation (x / 255 - 0.5) / 0.5 happen
 """
 
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -12,10 +13,19 @@ from PIL import Image
 
 from data_pipelines.config import ImageTransform
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what converts to 8-bit RGB
+Image.init()
+# Whatever Pillow decodes by itself: EPS runs Ghostscript, WMF is drawn by Windows, the others have no decoder.
+FORMATS = tuple(sorted(set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")   # grey of 16 bits; Pillow would clip them to 8
+MAX_PIXELS = 200_000_000                       # of any image; callers may ask for less
+_ORIENTATION = 0x0112                          # the EXIF tag; 1 is upright
+_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90}
 
 # Pillow only warns between its limit and twice that; nobody reads a warning of a worker thread.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
@@ -81,38 +91,60 @@ def grid_position(height: int, width: int, side: int) -> np.ndarray:
 
 
 def image_size(data: bytes, *, where: str, max_pixels: int) -> tuple[int, int]:
-    """(width, height) from the header alone. Raises ValueError naming `where`."""
+    """(width, height) as `decode_image` makes it, from the header alone. Raises ValueError naming `where`."""
     with _open(data, where, max_pixels) as image:
-        return image.size
+        return image.size[::-1] if _orientation(image) >= 5 else image.size
 
 
 def decode_image(data: bytes, *, where: str, max_pixels: int) -> np.ndarray:
-    """An encoded image -> uint8 [H, W, 3]; transparency is laid over white.
+    """An encoded image -> uint8 [H, W, 3], upright by its EXIF orientation; transparency is laid over white.
+
+    16-bit grey is scaled to 8 bits; of several frames the first is taken.
 
     Raises: ValueError naming `where` if the format is not one of FORMATS, the image has more than
         `max_pixels` (nothing is decoded then), or the data are truncated or broken.
     """
     with _open(data, where, max_pixels) as image:
+        turn = _UPRIGHT.get(_orientation(image))
         try:
             image.load()
-            if "A" in image.mode or "transparency" in image.info:
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image.convert("RGBA"))
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            upright = image if turn is None else image.transpose(turn)
+            return _to_rgb(upright)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
             raise ValueError(f"{where}: the image does not decode ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode in DEEP_MODES:
+        grey = np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if "a" in image.mode.lower() or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that the header gives, 1 to 8; broken EXIF says nothing. Pillow turns TIFF itself."""
+    exif = Image.Exif()
+    try:   # not `getexif`, which decodes a PNG to look behind its pixels
+        exif.load(image.info.get("exif", b""))
+        found = exif.get(_ORIENTATION)
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: not a readable {', '.join(FORMATS)} image") from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: image over the limit of {max_pixels} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{where}: not a readable image (PNG, JPEG, WEBP or any other that Pillow decodes itself)") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{where}: image of {image.width} x {image.height} is over the limit of "
                          f"{max_pixels} pixels")
-    if image.mode not in MODES:
+    if image.mode not in MODES + DEEP_MODES:
         raise ValueError(f"{where}: image mode {image.mode!r} is not supported; store 8-bit RGB")
     return image

@@ -1,4 +1,4 @@
-"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, then a network that draws and sees.
+"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, then a network that draws, sees and reads.
 
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
@@ -36,7 +36,7 @@ from irg_jax.training.moments import compute_moments
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """The recipe of a base checkpoint; paths of both stages are below the workdir."""
+    """The recipe of a base checkpoint; paths of its stages are below the workdir."""
 
     data_config: str
     vocab_size: int
@@ -48,7 +48,9 @@ class BaseConfig:
     autoencoder: AutoencoderConfig
     draw: TrainConfig          # the first stage, mostly text-to-image
     encoder: EncoderConfig
-    train: TrainConfig         # the second, from the first with the trained vision encoder
+    see: TrainConfig           # from the first with the trained vision encoder: captions and questions too
+    read: TrainConfig          # text alone
+    train: TrainConfig         # all of it; the base is this stage's EMA
 
     def model(self, vae: VAEConfig, vocab_size: int) -> ModelConfig:
         return ModelConfig(LLMConfig(vocab_size=vocab_size, **self.llm), ViTConfig(**self.vit), vae,
@@ -116,18 +118,19 @@ def below(workdir: pathlib.Path, stage: TrainConfig) -> TrainConfig:
 def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
     prepare(config, workdir)
-    draw, stage = below(workdir, config.draw), below(workdir, config.train)
+    stages = [below(workdir, stage) for stage in (config.draw, config.see, config.read, config.train)]
+    draw, last = stages[0], stages[-1]
     if not (workdir / draw.stage / "model.json").exists():
-        groups = {group.name: group for part in (draw, stage) for group in part.data.groups}
+        groups = {group.name: group for stage in stages for group in stage.data.groups}
         data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
         compute_moments(data, load_model(draw.init_from), pathlib.Path(data.moments), dtype=draw.dtype,
                         batch_size=64)
-    if train(draw, workdir) < draw.total_steps:
-        return
-    give_eyes(config, workdir / draw.stage, workdir)
-    if train(stage, workdir) < stage.total_steps:
-        return
-    export_folder(load_model(workdir / stage.stage), values.out, dtype="bfloat16")
+    for stage in stages:
+        if train(stage, workdir) < stage.total_steps:
+            return
+        if stage is draw:
+            give_eyes(config, workdir / draw.stage, workdir)
+    export_folder(load_model(workdir / last.stage), values.out, dtype="bfloat16")
     print(f"wrote {values.out}")
 
 

@@ -33,7 +33,7 @@ BROKEN = {                                         # cause -> a record, and what
     "flag": ([{"role": "assistant", "content": [{**HEADER[1]["content"][0], "need_loss": False}]}],
              "row 4, turn 0, part 0: the image has none of the flags"),
     "form": ([{"role": "user"}], "row 4, turn 0: a turn must be"),
-    "image": (HEADER, "row 4, turn 1, part 0: not a readable PNG"),
+    "image": (HEADER, "row 4, turn 1, part 0: not a readable image"),
     "size": (with_image(encode_image(np.zeros((8, 600, 3), np.uint8))), "row 4, turn 1, part 0: .*4096 pixels"),
     "length": ([{"role": "user", "content": "red " * 400}], "row 4: the record fits no pack .text .* > 160"),
     "text": ([{"role": "user", "content": " "}], "row 4, turn 0: .*empty"),

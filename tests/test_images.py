@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_cases import Golden, encode_image, golden_folder
 from data_pipelines.config import ImageTransform
@@ -118,14 +118,60 @@ def test_transparency_lies_over_white():
     assert (decode_image(buffer.getvalue(), **LIMIT)[0, 0] == 255).all()
 
 
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_shades(format):
+    shades = np.array([[0, 256, 257, 32768, 65535]], np.uint16)
+    decoded = decode_image(encode_image(shades, format), **LIMIT)
+    assert decoded.tolist() == [[[shade] * 3 for shade in (0, 1, 1, 128, 255)]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "BMP", "JPEG", "PNG", "TGA"])
+def test_every_mode_and_format_gives_the_same_picture(mode, format):
+    half = np.full((16, 24, 3), 255, np.uint8)
+    half[:, :12] = 0
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(half).convert(mode).save(buffer, format, **({"quality": 95} if format == "JPEG" else {}))
+    except (OSError, ValueError) as error:
+        assert "mode" in str(error)   # there are no such files
+        return
+    decoded = decode_image(buffer.getvalue(), **LIMIT)
+    assert decoded.shape == half.shape and np.abs(decoded.astype(int) - half).max() <= 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_pictures_stand_upright_and_have_the_size_that_was_announced(format, orientation):
+    """Against Pillow's own `exif_transpose`."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16], pixels[8:, :16] = (255, 0, 0), (0, 255, 0)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue()))).convert("RGB")
+    decoded = decode_image(buffer.getvalue(), **LIMIT)
+    np.testing.assert_array_equal(decoded, np.asarray(expected))
+    assert image_size(buffer.getvalue(), **LIMIT) == expected.size == decoded.shape[1::-1]
+
+
+@given(st.binary(max_size=60))
+def test_broken_exif_is_no_fault(exif):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(buffer, "PNG", exif=b"Exif\0\0" + exif)
+    width, height = image_size(buffer.getvalue(), **LIMIT)
+    assert decode_image(buffer.getvalue(), **LIMIT).shape == (height, width, 3)
+
+
 @pytest.mark.parametrize("data, message", [
-    (b"", "not a readable PNG"),
-    (b"hello, I am no image", "not a readable PNG"),
-    (encode_image(np.zeros((8, 8, 3), np.uint8), "GIF"), "not a readable PNG"),
+    (b"", "not a readable image"),
+    (b"hello, I am no image", "not a readable image"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),   # a program
     (png_header(200, 200), "200 x 200 is over the limit of 10000 pixels"),
     (png_header(60_000, 60_000), "over the limit"),
     (png_header(11_000, 11_000), "over the limit"),  # where Pillow itself would only warn
-    (encode_image(np.arange(256, dtype=np.uint16).reshape(16, 16)), "mode 'I;16'"),
+    (encode_image(np.ones((16, 16), np.float32), "TIFF"), "mode 'F'"),   # of no known range
 ])
 def test_hostile_images_are_named(data, message):
     with warnings.catch_warnings():
