@@ -6,21 +6,20 @@ DIR in the layout of the BAGEL release (`checkpoints/bagel.py`) becomes a model 
 
 import pathlib
 
-import jax
-import numpy as np
 from absl import flags
 
 from data_pipelines import command
 from irg_jax.checkpoints import names
-from irg_jax.checkpoints.bagel import import_folder, source_digests
-from irg_jax.checkpoints.model import DESCRIPTION, Model, load_description, save_model
+from irg_jax.checkpoints.bagel import open_folder, source_digests
+from irg_jax.checkpoints.model import DESCRIPTION, load_description, model_slots, open_model, write_model
+from irg_jax.checkpoints.store import Reader
 
 
 def convert(source: str | pathlib.Path, target: str | pathlib.Path, *,
             overwrite: bool = False) -> str:
     """Imports `source` and writes `target`, whole or not at all; returns what happened, for people.
 
-    Raises: ValueError as `import_folder` does, and if `target` holds anything but this very
+    Raises: ValueError as `open_folder` does, and if `target` holds anything but this very
         conversion (another model checkpoint is replaced with `overwrite`).
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
@@ -30,29 +29,31 @@ def convert(source: str | pathlib.Path, target: str | pathlib.Path, *,
             return f"{target} is already the conversion of {source}"
         raise ValueError(f"{str(target)!r} holds another model; pass --overwrite to replace it, or "
                          "choose another --target")
-    model = import_folder(source)
-    save_model(target, model, source=digests, replace=overwrite)
-    return f"converted {source} to {target}\n{coverage(model)}"
+    config, tokenizer, leaves = open_folder(source)
+    write_model(target, config, tokenizer, leaves, source=digests, replace=overwrite)
+    return f"converted {source} to {target}\n{coverage(target)}"
 
 
-def coverage(model: Model) -> str:
+def coverage(target: pathlib.Path) -> str:
     """What an import used and filled: every tensor and every parameter, or it had failed."""
-    config = model.config
+    config, tokenizer, reader = open_model(target)
     rebuilt = [table.name for table in names.fixed_tables(config)]
-    tokens = f"{model.tokenizer.vocab_size} ids" if model.tokenizer else "none in the source"
+    tokens = f"{tokenizer.vocab_size} ids" if tokenizer else "none in the source"
+    network, autoencoder = (f"{len(slots)} tensors -> {_count(part, reader, slots)}"
+                            for part, slots in model_slots(config).items())
     return "\n".join([
-        f"network:     {len(names.model_slots(config))} tensors -> {_count(model.params)}",
+        f"network:     {network}",
         f"  rebuilt:   {len(rebuilt)} fixed tables ({', '.join(rebuilt)})",
-        f"autoencoder: {len(names.vae_slots(config.vae))} tensors -> {_count(model.vae)}",
+        f"autoencoder: {autoencoder}",
         f"tokenizer:   {tokens}",
-        f"a sha256 of each parameter and of each source file is in {DESCRIPTION}"])
+        f"a sha256 of each tensor's leaf and of each source file is in {DESCRIPTION}"])
 
 
-def _count(params: dict) -> str:
-    leaves = jax.tree.leaves(params)
-    dtypes = sorted({np.dtype(leaf.dtype).name for leaf in leaves})
+def _count(part: str, reader: Reader, slots: list[names.Slot]) -> str:
+    leaves = [leaf for name, leaf in reader.leaves.items() if name.startswith(f"{part}.")]
+    dtypes = sorted({leaf.dtype.name for leaf in leaves})
     size = sum(leaf.size for leaf in leaves)
-    return f"{len(leaves)} parameters of {size:,} values ({' '.join(dtypes)})"
+    return f"{len({slot.path for slot in slots})} parameters of {size:,} values ({' '.join(dtypes)})"
 
 
 def main(values) -> None:

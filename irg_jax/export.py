@@ -7,19 +7,26 @@ The checkpoint is a model checkpoint, or a stage folder of a run, whose newest E
 is the layout of the BAGEL release, `orbax` a model checkpoint for inference with this package.
 """
 
+import pathlib
+
 from absl import flags
 
 from data_pipelines import command
-from irg_jax.checkpoints.bagel import export_folder
-from irg_jax.checkpoints.model import DTYPES, cast, load_model, save_model
+from irg_jax.checkpoints.bagel import export_folder, export_leaves
+from irg_jax.checkpoints.model import PARAMS, cast, load_model, open_model, save_model
+from irg_jax.checkpoints.store import DTYPES
 
 
 def main(values) -> None:
-    model = load_model(values.checkpoint)
-    if values.format == "bagel":
-        export_folder(model, values.out, dtype=values.dtype)
+    checkpoint = pathlib.Path(values.checkpoint)
+    if values.format == "orbax":
+        save_model(values.out, cast(load_model(checkpoint), values.dtype))
+    elif (checkpoint / PARAMS).is_dir():   # leaf by leaf: the model may be larger than the memory
+        config, tokenizer, reader = open_model(checkpoint)
+        export_leaves(values.out, config, tokenizer, {name: leaf.dtype for name, leaf in reader.leaves.items()},
+                      lambda name: reader.read([name])[name], dtype=values.dtype)
     else:
-        save_model(values.out, cast(model, values.dtype))
+        export_folder(load_model(checkpoint), values.out, dtype=values.dtype)
     print(f"exported {values.checkpoint} to {values.out}")
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from checkpoint_cases import assert_same, contents, copy_source, edit, make_model
-from irg_jax.checkpoints import model
+from irg_jax.checkpoints import store
 from irg_jax.checkpoints.bagel import import_folder, read_config, source_digests
 from irg_jax.checkpoints.model import load_model, save_model
 from irg_jax.convert import convert
@@ -52,13 +52,20 @@ def test_what_is_not_ours_is_never_replaced(source, tmp_path):
 
 
 def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("disk full")
-    monkeypatch.setattr(model, "digest", fail)   # comes after the weights are written
+    add, added = store.Writer.add, []
+
+    def fail(writer, path, leaf):
+        added.append(path)
+        if path.startswith("vae"):   # the network is written
+            raise OSError("disk full")
+        add(writer, path, leaf)
+
+    monkeypatch.setattr(store, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(store.Writer, "add", fail)
     before = dict(contents(tmp_path))
     with pytest.raises(OSError, match="disk full"):
         convert(source, tmp_path / "target")
-    assert dict(contents(tmp_path)) == before
+    assert dict(contents(tmp_path)) == before and len(added) > 20
 
 
 def test_a_failed_replacement_keeps_the_old_model(source, tmp_path):

@@ -12,10 +12,12 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoint_cases import CONFIG, assert_same, contents, make_model, make_tokenizer
 from data_pipelines.tokenizer import train_tokenizer
+from irg_jax.checkpoints import names, store
 from irg_jax.checkpoints.bundle import Bundles
 from irg_jax.checkpoints.model import (
     Model,
     cast,
+    list_leaves,
     load_model,
     load_stage_frozen,
     new_folder,
@@ -74,12 +76,31 @@ def test_description_says_what_it_is(sound):
     values = json.loads((sound / "model.json").read_text())
     assert values["dtype"] == {"model": "float32", "vae": "float32"}
     assert values["source"] == {"made": "here"}
-    assert len(values["sha256"]) == len(jax.tree.leaves(load_model(sound).params)) + len(
-        jax.tree.leaves(load_model(sound).vae))
+    assert values["sha256"].keys() == dict(list_leaves(load_model(sound))).keys()
+
+
+def test_orbax_alone_reads_the_parameters(sound):
+    """The layout that users of other programs meet: nested names, a leaf for every layer."""
+    model, tree = load_model(sound), ocp.load(sound / "params")
+    kernels = tree["model"]["decoder"]["layers"]["gen"]["up"]["kernel"]
+    assert list(kernels) == ["000", "001"]
+    for layer, kernel in enumerate(kernels.values()):
+        np.testing.assert_array_equal(kernel, model.params["decoder"]["layers"]["gen"]["up"]["kernel"][layer])
+    np.testing.assert_array_equal(tree["vae"]["encoder"]["conv_in"]["bias"], model.vae["encoder"]["conv_in"]["bias"])
+
+
+def test_leaves_written_in_many_pieces_are_those_written_at_once(sound, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "PIECE_BYTES", 20_000)
+    pieces, save = [], ocp.partial.save
+    monkeypatch.setattr(ocp.partial, "save", lambda path, tree: (pieces.append(tree), save(path, tree)))
+    model = load_model(sound)
+    save_model(tmp_path / "model", model)
+    assert len(pieces) > 5
+    assert_same(load_model(tmp_path / "model"), model)
 
 
 @pytest.mark.parametrize("path, value", [
-    (["version"], 2), (["config"], []), (["config", "llm"], None), (["config", "llm"], {}),
+    (["version"], 1), (["config"], []), (["config", "llm"], None), (["config", "llm"], {}),
     (["config", "llm", "hidden_size"], "24"), (["config", "llm", "num_hidden_layers"], 10**9),
     (["config", "vae", "ch_mult"], 3), (["config", "vae", "scale_factor"], "big"),
     (["config", "max_latent_size"], -1), (["sha256"], None)])
@@ -111,24 +132,33 @@ def test_parameters_of_another_geometry_are_all_named(saved):
     assert "misshapen" in message and "embed" not in message
 
 
-def test_missing_unknown_and_mistyped_parameters_are_all_named(saved):
-    model = load_model(saved)
-    del model.params["embed"]
-    model.params["ghost"] = np.zeros(2, np.float32)
-    layer = model.vae["encoder"]["conv_in"]
-    layer["bias"] = layer["bias"].astype(np.int32)
+def rewrite(saved, change) -> None:
+    """The parameters anew, by Orbax alone, after `change` has worked on their leaves."""
+    leaves = dict(list_leaves(load_model(saved)))
+    change(leaves)
     shutil.rmtree(saved / "params")
-    ocp.save(saved / "params", {"model": model.params, "vae": model.vae})
+    ocp.save(saved / "params", names.unflatten(leaves))
+
+
+def test_missing_unknown_and_mistyped_parameters_are_all_named(saved):
+    def spoil(leaves):
+        del leaves["model.embed"], leaves["model.decoder.layers.und.q.kernel.001"]
+        leaves["model.ghost"] = np.zeros(2, np.float32)
+        leaves["vae.encoder.conv_in.bias"] = leaves["vae.encoder.conv_in.bias"].astype(np.int32)
+
+    rewrite(saved, spoil)
     message = refusal(saved)
-    assert "missing: model.embed" in message and "unknown: model.ghost" in message
-    assert "wrongly typed: vae.encoder.conv_in.bias int32" in message
+    assert "missing: model.decoder.layers.und.q.kernel.001, model.embed" in message
+    assert "unknown: model.ghost" in message and "wrongly typed: vae.encoder.conv_in.bias int32" in message
 
 
 def test_changed_values_are_refused_by_name(saved):
-    model = load_model(saved)
-    model.params["lm_head"]["kernel"][3, 4] += 1
-    shutil.rmtree(saved / "params")
-    ocp.save(saved / "params", {"model": model.params, "vae": model.vae})
+    def change(leaves):
+        kernel = leaves["model.lm_head.kernel"].copy()
+        kernel[3, 4] += 1
+        leaves["model.lm_head.kernel"] = kernel
+
+    rewrite(saved, change)
     message = refusal(saved)
     assert "model.lm_head.kernel" in message and "embed" not in message
 
@@ -245,5 +275,5 @@ def test_a_stage_without_a_bundle_or_with_another_autoencoder_is_refused(tmp_pat
     assert "no complete checkpoint" in refusal(stage)
     save_stage(stage, model, {1: model})
     shutil.rmtree(stage / "vae")
-    ocp.save(stage / "vae", make_model(seed=4).vae)
+    ocp.save(stage / "vae", {"vae": make_model(seed=4).vae})
     assert "damaged" in refusal(stage) and "vae.decoder.conv_in.kernel" in refusal(stage)

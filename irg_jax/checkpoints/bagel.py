@@ -11,20 +11,30 @@ import collections
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from data_pipelines.tokenizer import Tokenizer
+from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
-from irg_jax.checkpoints.model import TOKENIZER, Model, cast, load_tokenizer, new_folder, read_fields, read_json
+from irg_jax.checkpoints.model import (
+    TOKENIZER,
+    Model,
+    cast,
+    list_leaves,
+    load_tokenizer,
+    model_slots,
+    new_folder,
+    read_fields,
+    read_json,
+)
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.safetensors_files import SHARD_BYTES, Pending, TensorFiles, write_tensors
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
-from irg_jax.models.functional import Params
 
 LLM_CONFIG, VIT_CONFIG, CONFIG = "llm_config.json", "vit_config.json", "config.json"
 # What the code computes and no weight can change; a file that asks for something else is refused.
@@ -65,22 +75,34 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
 
 
 def import_folder(folder: str | pathlib.Path, *, dtype: str | None = None) -> Model:
-    """Reads a whole folder, tensor by tensor; parameters are numpy arrays.
+    """Reads a whole folder into numpy arrays.
 
     Args: dtype is the network's, "float32" or "bfloat16"; by default each parameter keeps the
         file's (float16 becomes float32).
-    Raises: ValueError naming every tensor that is missing, unknown, misshapen, wrongly typed, not
-        finite or truncated, and position tables that are not the fixed ones.
+    Raises: ValueError as `open_folder` and its leaves do.
+    """
+    config, tokenizer, leaves = open_folder(folder)
+    found = dict(leaves)
+    params, vae = (names.unflatten(names.stack({slot.leaf: found.pop(f"{part}.{slot.leaf}") for slot in slots},
+                                               slots)) for part, slots in model_slots(config).items())
+    return cast(Model(config, tokenizer, params, vae), dtype)
+
+
+def open_folder(folder: str | pathlib.Path) -> tuple[ModelConfig, Tokenizer | None,
+                                                     Iterator[tuple[str, np.ndarray]]]:
+    """Geometry, tokenizer, and the leaves of a model checkpoint one by one, as they are read.
+
+    The leaves raise ValueError, after the last, naming every tensor that is missing, unknown, misshapen,
+    wrongly typed, not finite or truncated, and position tables that are not the fixed ones; if that is
+    known from the headers, none is given at all.
     """
     folder = _existing(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
-    params, faults = _read_params(TensorFiles(folder, _NETWORK), names.model_slots(config),
-                                  names.fixed_tables(config))
-    vae, more = _read_params(TensorFiles(folder, _AUTOENCODER), names.vae_slots(config.vae), [])
-    if faults or more:
-        raise ValueError(f"{str(folder)!r} cannot be imported:\n  " + "\n  ".join(faults + more))
-    return cast(Model(config, tokenizer, params, vae), dtype)
+    tables = {"model": names.fixed_tables(config), "vae": []}
+    parts = [_Part(part, TensorFiles(folder, stems), slots, tables[part]) for stems, (part, slots)
+             in zip((_NETWORK, _AUTOENCODER), model_slots(config).items(), strict=True)]
+    return config, tokenizer, _read_leaves(folder, parts)
 
 
 def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = None,
@@ -90,25 +112,32 @@ def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = 
     Args: dtype is the network's in the files, by default that of its parameters.
     Raises: ValueError if `out` is not absent or empty, or parameters are not finite.
     """
-    model = cast(model, dtype)
-    config = model.config
-    params = names.flatten(jax.tree.map(np.asarray, model.params))
-    vae = names.flatten(jax.tree.map(np.asarray, model.vae))
-    bad = [path for leaves in (params, vae) for path, leaf in leaves.items()
-           if not np.isfinite(leaf).all()]
-    if bad:
-        raise ValueError(f"the model has NaN or infinity in {listing(bad)}; it cannot be exported")
-    network = [_pending(slot, params[slot.path]) for slot in names.model_slots(config)]
-    dtype = params["embed"].dtype   # the tables have none of their own
-    network += [_pending_table(table, dtype) for table in names.fixed_tables(config)]
-    autoencoder = [_pending(slot, vae[slot.path]) for slot in names.vae_slots(config.vae)]
+    leaves = dict(list_leaves(model))
+    export_leaves(out, model.config, model.tokenizer, {name: leaf.dtype for name, leaf in leaves.items()},
+                  leaves.__getitem__, dtype=dtype, shard_bytes=shard_bytes)
+
+
+def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
+                  dtypes: dict[str, np.dtype], read: Callable[[str], np.ndarray], *, dtype: str | None = None,
+                  shard_bytes: int = SHARD_BYTES) -> None:
+    """`export_folder` of a model checkpoint's leaves, each read when its turn comes."""
+    bad: list[str] = []
+    pending = {part: [_pending(part, slot, np.dtype(dtype if dtype and part == "model" else
+                                                    dtypes[f"{part}.{slot.leaf}"]), read, bad)
+                      for slot in slots] for part, slots in model_slots(config).items()}
+    network = pending["model"]
+    # The tables have no dtype of their own.
+    network += [_pending_table(table, network[0].dtype) for table in names.fixed_tables(config)]
     with new_folder(out) as folder:
         for name, values in _config_files(config).items():
             (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        if model.tokenizer is not None:
-            model.tokenizer.save(str(folder / TOKENIZER))
+        if tokenizer is not None:
+            tokenizer.save(str(folder / TOKENIZER))
         write_tensors(folder, _NETWORK[0], network, shard_bytes=shard_bytes)
-        write_tensors(folder, _AUTOENCODER[0], autoencoder, shard_bytes=shard_bytes)
+        write_tensors(folder, _AUTOENCODER[0], pending["vae"], shard_bytes=shard_bytes)
+        if bad:
+            raise ValueError(f"the model has NaN or infinity in {listing(dict.fromkeys(bad))}; it cannot be "
+                             "exported")
 
 
 def source_digests(folder: str | pathlib.Path) -> dict[str, str]:
@@ -149,49 +178,65 @@ class _Faults:
         return [f"{self._source}: {kind}: {listing(group)}" for kind, group in self._kinds.items()]
 
 
-def _read_params(files: TensorFiles, slots: list[names.Slot],
-                 tables: list[names.FixedTable]) -> tuple[Params, list[str]]:
-    """The parameters in `files`, and a sentence for each kind of fault found there."""
-    if files.faults and not files.entries:   # no file could be read: its tensors are not missing
-        return {}, files.faults
-    faults, params = _Faults(files.name), {}
-    depth = collections.Counter(slot.path for slot in slots)
-    _check_headers(files, [*slots, *tables], faults)
-    for slot in slots:
-        if slot.name not in files.entries or slot.name in faults.names:
-            continue
-        tensor = files.read(slot.name)
-        if not np.isfinite(tensor).all():
-            faults.add("NaN or infinity", slot.name)
-        part, dtype = slot.to_ours(tensor), np.dtype(_DTYPES[files.entries[slot.name].dtype])
-        if slot.layer is None:
-            params[slot.path] = np.ascontiguousarray(part, dtype)
-            continue
-        if slot.path not in params:
-            params[slot.path] = np.empty((depth[slot.path], *part.shape), dtype)
-        stack = params[slot.path]
-        if stack.dtype != dtype:
-            faults.add("wrongly typed", slot.name, f"{dtype}, other layers {stack.dtype}")
-        stack[slot.layer] = part
-    for table in tables:
-        if table.name in files.entries and table.name not in faults.names:
-            _check_table(files.read(table.name), table, faults)
-    return names.unflatten(params), files.faults + faults.sentences()
+class _Part(NamedTuple):
+    """The network or the autoencoder of a source, and what must be in its files."""
+
+    name: str
+    files: TensorFiles
+    slots: list[names.Slot]
+    tables: list[names.FixedTable]
 
 
-def _check_headers(files: TensorFiles, parts: list[names.Slot | names.FixedTable],
-                   faults: _Faults) -> None:
-    shapes = {part.name: part.shape for part in parts}
+def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part]) -> Iterator[tuple[str, np.ndarray]]:
+    found = {part.name: _Faults(part.files.name) for part in parts}
+    for part in parts:
+        if part.files.entries or not part.files.faults:   # else no file could be read: no tensor is missing
+            _check_headers(part, found[part.name])
+    is_refused = any(part.files.faults or found[part.name].names for part in parts)
+    for part in parts:
+        faults = found[part.name]
+        for slot in part.slots:
+            if slot.name not in part.files.entries or slot.name in faults.names:
+                continue
+            tensor = part.files.read(slot.name)
+            if not _is_finite(tensor):
+                faults.add("NaN or infinity", slot.name)
+            elif not is_refused:
+                dtype = np.dtype(_DTYPES[part.files.entries[slot.name].dtype])
+                yield f"{part.name}.{slot.leaf}", np.ascontiguousarray(slot.to_ours(tensor), dtype)
+        for table in part.tables:
+            if table.name in part.files.entries and table.name not in faults.names:
+                _check_table(part.files.read(table.name), table, faults)
+    sentences = [line for part in parts for line in part.files.faults + found[part.name].sentences()]
+    if sentences:
+        raise ValueError(f"{str(folder)!r} cannot be imported:\n  " + "\n  ".join(sentences))
+
+
+def _check_headers(part: _Part, faults: _Faults) -> None:
+    entries = part.files.entries
+    shapes = {each.name: each.shape for each in (*part.slots, *part.tables)}
     for name in shapes:
-        if name not in files.entries:
+        if name not in entries:
             faults.add("missing", name)
-    for name, entry in files.entries.items():
+    for name, entry in entries.items():
         if name not in shapes:
             faults.add("unknown", name)
         elif entry.shape != shapes[name]:
             faults.add("misshapen", name, f"{list(entry.shape)}, expected {list(shapes[name])}")
         elif entry.dtype not in _DTYPES:
             faults.add("wrongly typed", name, f"{entry.dtype}, expected one of {' '.join(_DTYPES)}")
+    first: dict[str, str] = {}   # the layers of a parameter are one array in memory
+    for slot in part.slots:
+        if slot.name in entries and slot.name not in faults.names:
+            ours = _DTYPES[entries[slot.name].dtype]
+            if first.setdefault(slot.path, ours) != ours:
+                faults.add("wrongly typed", slot.name, f"{ours}, other layers {first[slot.path]}")
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype == ml_dtypes.bfloat16:   # by its bits: ml_dtypes would look at the values one by one
+        return bool(((array.view(np.uint16) & 0x7F80) != 0x7F80).all())
+    return bool(np.isfinite(array).all())
 
 
 def _check_table(source: np.ndarray, table: names.FixedTable, faults: _Faults) -> None:
@@ -201,14 +246,18 @@ def _check_table(source: np.ndarray, table: names.FixedTable, faults: _Faults) -
         faults.add("not the fixed position table", table.name)
 
 
-def _pending(slot: names.Slot, parameter: np.ndarray) -> Pending:
-    size = math.prod(slot.shape) * parameter.dtype.itemsize
-    return Pending(slot.name, size, lambda: np.ascontiguousarray(slot.to_torch(parameter)))
+def _pending(part: str, slot: names.Slot, dtype: np.dtype, read: Callable[[str], np.ndarray],
+             bad: list[str]) -> Pending:
+    def make() -> np.ndarray:
+        leaf = np.asarray(read(f"{part}.{slot.leaf}"), dtype)
+        if not _is_finite(leaf):
+            bad.append(slot.path)
+        return slot.part_to_torch(leaf)
+    return Pending(slot.name, slot.shape, dtype, make)
 
 
 def _pending_table(table: names.FixedTable, dtype: np.dtype) -> Pending:
-    size = math.prod(table.shape) * dtype.itemsize
-    return Pending(table.name, size, lambda: table.build().astype(dtype))
+    return Pending(table.name, table.shape, dtype, lambda: table.build().astype(dtype))
 
 
 def _config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The model checkpoint: a folder that holds all that inference needs.
 
-    model.json       geometry; where the weights came from; a sha256 of every parameter
+    model.json       geometry; where the weights came from; a sha256 of every leaf of params/
     tokenizer.json   absent only if the source had none
-    params/          Orbax: {"model": the network, "vae": the autoencoder}
+    params/          Orbax: {"model": the network, "vae": the autoencoder}, a leaf for every layer
 
 It is written under another name and renamed at the end, so it is whole or absent. A stage folder of
 a training run (`model.json`, `tokenizer.json`, `vae/`, `checkpoints/`) is its EMA.
@@ -10,30 +10,27 @@ a training run (`model.json`, `tokenizer.json`, `vae/`, `checkpoints/`) is its E
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.bundle import restore_ema
 from irg_jax.checkpoints.names import listing
+from irg_jax.checkpoints.store import Reader, Writer, damage
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params
 
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer.json"
 PARAMS, FROZEN = "params", "vae"
-VERSION = 1
-DTYPES = ("float32", "bfloat16")
+VERSION = 2
 _LIMIT, _COUNT_LIMIT = 10**7, 1000   # beyond any real model, below what would exhaust memory
 
 
@@ -62,10 +59,18 @@ def save_model(path: str | pathlib.Path, model: Model, *, source: dict[str, Any]
     Args: source goes into `model.json` as it is; replace allows another model checkpoint at `path`.
     Raises: ValueError if `path` holds anything already.
     """
-    tree = jax.tree.map(np.asarray, {"model": model.params, "vae": model.vae})
+    write_model(path, model.config, model.tokenizer, list_leaves(model), source=source, replace=replace)
+
+
+def write_model(path: str | pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
+                leaves: Iterable[tuple[str, np.ndarray]], *, source: dict[str, Any] | None = None,
+                replace: bool = False) -> None:
+    """`save_model` of leaves as they come; nothing is at `path` if making them fails."""
     with new_folder(path, replace=replace) as folder:
-        ocp.save(folder.absolute() / PARAMS, tree)
-        _save_texts(folder, model, tree, source)
+        with Writer(folder / PARAMS) as writer:
+            for name, leaf in leaves:
+                writer.add(name, leaf)
+        _save_texts(folder, config, tokenizer, writer, source)
 
 
 def load_model(path: str | pathlib.Path) -> Model:
@@ -77,14 +82,40 @@ def load_model(path: str | pathlib.Path) -> Model:
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
         stage = load_stage_frozen(folder)
-        with _damage(folder / BUNDLES):
+        with damage(folder / BUNDLES):
             params, _ = restore_ema(folder, names.model_shapes(stage.config))
         return dataclasses.replace(stage, params=jax.tree.map(np.asarray, params))
+    config, tokenizer, reader = open_model(folder)
+    leaves = reader.read(reader.leaves)
+    params, vae = (_whole(part, leaves, slots) for part, slots in model_slots(config).items())
+    return Model(config, tokenizer, params, vae)
+
+
+def open_model(path: str | pathlib.Path) -> tuple[ModelConfig, Tokenizer | None, Reader]:
+    """A model checkpoint whose leaves are read when they are asked for. Raises: as `load_model`."""
+    folder = pathlib.Path(path).absolute()
     config, description = load_description(folder)
-    shapes = {"model": names.model_shapes(config), "vae": names.vae_shapes(config.vae)}
-    tree = _restore(folder / PARAMS, shapes)
-    _check_digests(folder, tree, description)
-    return Model(config, load_tokenizer(folder, config), tree["model"], tree["vae"])
+    shapes = {f"{part}.{slot.leaf}": slot.our_shape for part, slots in model_slots(config).items()
+              for slot in slots}
+    return config, load_tokenizer(folder, config), Reader(folder / PARAMS, shapes, description["sha256"])
+
+
+def list_leaves(model: Model) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, leaf) of a model checkpoint."""
+    whole = {"model": model.params, "vae": model.vae}
+    for part, slots in model_slots(model.config).items():
+        for name, leaf in names.unstack(names.flatten(whole[part]), slots):
+            yield f"{part}.{name}", np.asarray(leaf)
+
+
+def model_slots(config: ModelConfig) -> dict[str, list[names.Slot]]:
+    """The slots of the network and of the autoencoder, by the first word of their leaves' paths."""
+    return {"model": names.model_slots(config), "vae": names.vae_slots(config.vae)}
+
+
+def _whole(part: str, leaves: dict[str, np.ndarray], slots: list[names.Slot]) -> Params:
+    found = {slot.leaf: leaves.pop(f"{part}.{slot.leaf}") for slot in slots}
+    return names.unflatten(names.stack(found, slots))
 
 
 def save_stage_frozen(folder: str | pathlib.Path, model: Model) -> None:
@@ -93,18 +124,20 @@ def save_stage_frozen(folder: str | pathlib.Path, model: Model) -> None:
     (folder / DESCRIPTION).unlink(missing_ok=True)
     shutil.rmtree(folder / FROZEN, ignore_errors=True)   # of a start that was killed
     folder.mkdir(parents=True, exist_ok=True)
-    vae = jax.tree.map(np.asarray, model.vae)
-    ocp.save(folder / FROZEN, vae)
-    _save_texts(folder, model, {"vae": vae}, None)
+    with Writer(folder / FROZEN) as writer:
+        for path, leaf in names.flatten(model.vae).items():
+            writer.add(f"vae.{path}", np.asarray(leaf))
+    _save_texts(folder, model.config, model.tokenizer, writer, None)
 
 
 def load_stage_frozen(folder: str | pathlib.Path) -> Model:
     """What `save_stage_frozen` wrote; `params` is empty. Raises ValueError as `load_model` does."""
     folder = pathlib.Path(folder).absolute()
     config, description = load_description(folder)
-    vae = _restore(folder / FROZEN, names.vae_shapes(config.vae))
-    _check_digests(folder, {"vae": vae}, description)
-    return Model(config, load_tokenizer(folder, config), {}, vae)
+    slots = names.vae_slots(config.vae)
+    reader = Reader(folder / FROZEN, {f"vae.{slot.leaf}": slot.our_shape for slot in slots},
+                    description["sha256"])
+    return Model(config, load_tokenizer(folder, config), {}, _whole("vae", reader.read(reader.leaves), slots))
 
 
 def load_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -161,12 +194,6 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def digest(array: Any) -> str:
-    """sha256 of an array's bytes, row by row."""
-    array = np.ascontiguousarray(array)
-    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError naming the file."""
     try:
@@ -200,25 +227,14 @@ def read_fields(cls: type, values: Any, *, where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _save_texts(folder: pathlib.Path, model: Model, tree: Params,
+def _save_texts(folder: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None, writer: Writer,
                 source: dict[str, Any] | None) -> None:
-    if model.tokenizer is not None:
-        model.tokenizer.save(str(folder / TOKENIZER))
-    dtypes = {part: " ".join(sorted({leaf.dtype.name for leaf in jax.tree.leaves(params)}))
-              for part, params in tree.items()}
-    values = {"version": VERSION, "config": dataclasses.asdict(model.config), "dtype": dtypes,
-              "source": source,
-              "sha256": {path: digest(leaf) for path, leaf in names.flatten(tree).items()}}
+    if tokenizer is not None:
+        tokenizer.save(str(folder / TOKENIZER))
+    values = {"version": VERSION, "config": dataclasses.asdict(config),
+              "dtype": {part: " ".join(sorted(found)) for part, found in writer.dtypes.items()},
+              "source": source, "sha256": writer.digests}
     (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _check_digests(folder: pathlib.Path, tree: Params, description: dict[str, Any]) -> None:
-    # Orbax checks its own structure but not the values: a flipped bit there would go unseen.
-    changed = [path for path, leaf in names.flatten(tree).items()
-               if description["sha256"].get(path) != digest(leaf)]
-    if changed:
-        raise ValueError(f"{str(folder)!r} is damaged; these parameters are not what was written: "
-                         f"{listing(changed)}")
 
 
 def _checked(field: dataclasses.Field, value: Any) -> Any:
@@ -235,42 +251,3 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         kind = "an integer" if field.type is int else "a list of integers"
         raise ValueError(f"{field.name} is {value!r}; it must be {kind} from {low} to {high}")
     return value if field.type is int else tuple(value)
-
-
-def _restore(folder: pathlib.Path, shapes: Params) -> Params:
-    """An Orbax tree of numpy arrays, after its shapes and dtypes have been found right."""
-    if not folder.is_dir():
-        raise ValueError(f"{str(folder.parent)!r} has no {folder.name}/; it is not whole")
-    with _damage(folder):
-        metadata = ocp.metadata(folder).metadata
-        if metadata is None:
-            raise ValueError("Orbax cannot read its structure")
-        stored = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-                  for path, leaf in names.flatten(metadata).items()}
-    wanted = names.flatten(shapes)
-    both = [path for path in wanted if path in stored]
-    faults = {
-        "missing": [path for path in wanted if path not in stored],
-        "unknown": [path for path in stored if path not in wanted],
-        "misshapen": [f"{path} {list(stored[path].shape)}, expected {list(wanted[path].shape)}"
-                      for path in both if stored[path].shape != wanted[path].shape],
-        "wrongly typed": [f"{path} {stored[path].dtype.name}, expected one of {' '.join(DTYPES)}"
-                          for path in both if stored[path].dtype.name not in DTYPES]}
-    lines = [f"{kind}: {listing(group)}" for kind, group in faults.items() if group]
-    if lines:
-        raise ValueError(f"{str(folder)!r} does not fit {DESCRIPTION}:\n  " + "\n  ".join(lines))
-    # Orbax returns numpy arrays in place of numpy arrays; these stand-ins occupy no memory.
-    like = {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-            for path, leaf in stored.items()}
-    with _damage(folder):
-        return ocp.load(folder, names.unflatten(like))
-
-
-@contextlib.contextmanager
-def _damage(folder: pathlib.Path) -> Iterator[None]:
-    """Orbax's various errors about files that are not what it wrote, as one ValueError."""
-    try:
-        yield
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(folder)!r} is damaged or no Orbax checkpoint: "
-                         f"{textwrap.shorten(str(error), 300)}") from error

@@ -7,8 +7,9 @@ attributes bear the torch names: its table is that rule alone.
 Source: the state dicts of BAGEL's modeling/bagel/bagel.py and modeling/autoencoder.py.
 """
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -66,14 +67,27 @@ class Slot:
     shape: tuple[int, ...]   # in the torch layout
     axes: tuple[int, ...]    # the transposition from the torch layout to ours
 
+    @property
+    def leaf(self) -> str:
+        """The path of this slot's part in a model checkpoint, where every layer has a leaf of its own."""
+        return self.path if self.layer is None else f"{self.path}.{self.layer:03d}"
+
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """The shape of the part in our layout."""
+        return tuple(self.shape[axis] for axis in self.axes)
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """A view in our layout."""
         return tensor.transpose(self.axes)
 
+    def part_to_torch(self, part: np.ndarray) -> np.ndarray:
+        """The inverse of `to_ours`."""
+        return part.transpose(np.argsort(self.axes))
+
     def to_torch(self, parameter: np.ndarray) -> np.ndarray:
         """A view of this slot's part of the whole parameter, in the torch layout."""
-        part = parameter if self.layer is None else parameter[self.layer]
-        return part.transpose(np.argsort(self.axes))
+        return self.part_to_torch(parameter if self.layer is None else parameter[self.layer])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +133,28 @@ def fixed_tables(config: ModelConfig) -> list[FixedTable]:
     width = config.llm.hidden_size
     return [FixedTable("latent_pos_embed.pos_embed", config.max_latent_size, width),
             FixedTable("vit_pos_embed.pos_embed", config.vit_max_num_patch_per_side, width)]
+
+
+def stack(leaves: dict[str, np.ndarray], slots: Sequence[Slot]) -> dict[str, np.ndarray]:
+    """The whole parameters of {slot.leaf: part}; takes the parts out of `leaves` as it goes."""
+    params: dict[str, np.ndarray] = {}
+    depth = collections.Counter(slot.path for slot in slots)
+    for slot in slots:
+        part = leaves.pop(slot.leaf)
+        if slot.layer is None:
+            params[slot.path] = part
+            continue
+        if slot.path not in params:
+            params[slot.path] = np.empty((depth[slot.path], *part.shape), part.dtype)
+        params[slot.path][slot.layer] = part
+    return params
+
+
+def unstack(params: dict[str, np.ndarray], slots: Sequence[Slot]) -> Iterator[tuple[str, np.ndarray]]:
+    """(slot.leaf, part) of whole parameters: the inverse of `stack`."""
+    for slot in slots:
+        whole = params[slot.path]
+        yield slot.leaf, whole if slot.layer is None else whole[slot.layer]
 
 
 def flatten(tree: Params) -> dict[str, jax.ShapeDtypeStruct]:

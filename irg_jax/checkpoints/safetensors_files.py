@@ -4,18 +4,19 @@ The official library checks every header before anything else looks at a file; p
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from irg_jax.checkpoints.names import listing
 
 SHARD_BYTES = 5 * 10**9
+_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
@@ -104,18 +105,23 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 class Pending(NamedTuple):
-    """A tensor still to be made; `make` returns a contiguous array of `num_bytes`."""
+    """A tensor still to be made: `make` returns it, contiguous or not."""
 
     name: str
-    num_bytes: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
     make: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_tensors(folder: pathlib.Path, stem: str, tensors: Sequence[Pending], *,
                   shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `<stem>.safetensors`, or shards and their index if it were larger than `shard_bytes`.
 
-    Tensors are made shard by shard. One larger than `shard_bytes` has a shard of its own.
+    Tensors are made one by one. One larger than `shard_bytes` has a shard of its own.
     """
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
@@ -144,9 +150,22 @@ def _shards(tensors: Sequence[Pending], shard_bytes: int) -> Iterator[list[Pendi
 
 
 def _write(file: pathlib.Path, tensors: list[Pending]) -> None:
-    # torch's loaders ask for this metadata. The library makes files that only their owner may read.
-    save_file({tensor.name: tensor.make() for tensor in tensors}, file, metadata={"format": "pt"})
-    file.chmod(file.parent.stat().st_mode & 0o666)
+    """One file, tensor by tensor: the library's writer would hold all of a shard, and a copy of it."""
+    # torch's loaders ask for this metadata.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Large items first, as the library has it, so that each is aligned.
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype.name], "shape": tensor.shape,
+                               "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            stream.write(np.ascontiguousarray(tensor.make()).reshape(-1).view(np.uint8).data)
 
 
 def _absence(folder: pathlib.Path, choices: list[pathlib.Path]) -> str:

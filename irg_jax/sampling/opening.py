@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from irg_jax.checkpoints.model import Model, digest, load_model
+from irg_jax.checkpoints.model import Model, load_model
+from irg_jax.checkpoints.store import digest
 from irg_jax.sampling.config import SamplingConfig, load_system_prompt, name_system_prompt
 from irg_jax.sampling.trajectory import Generator
 

@@ -22,7 +22,8 @@ from data_pipelines.digests import write_text
 from data_pipelines.moments import Layout, describe, read_manifest, vae_parts, write_manifest, write_shard
 from data_pipelines.samples import Kind, image_rule
 from irg_jax.checkpoints import names
-from irg_jax.checkpoints.model import Model, digest
+from irg_jax.checkpoints.model import Model
+from irg_jax.checkpoints.store import digest
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import make_autoencoder
 from irg_jax.training.losses import encode_image

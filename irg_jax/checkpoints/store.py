@@ -1,0 +1,122 @@
+"""Parameters on disk: one Orbax tree with a leaf for every layer, written and read piece by piece.
+
+A whole 7B stack of one parameter is 4 GB; a leaf is at most the embedding's 1.1, so a checkpoint of any
+size passes through little memory.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from irg_jax.checkpoints import names
+from irg_jax.checkpoints.names import listing
+
+DTYPES = ("float32", "bfloat16")
+PIECE_BYTES = 2**28   # what is gathered before it is written
+
+
+class Writer:
+    """Writes leaves as they come; the folder takes its name when the block ends without an error.
+
+    `digests` has the sha256 of every leaf, `dtypes` their names by the first word of the path.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.digests: dict[str, str] = {}
+        self.dtypes: dict[str, set[str]] = {}
+        self._folder, self._held, self._size = folder.absolute(), {}, 0
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self._flush()
+            ocp.partial.finalize(self._folder)
+
+    def add(self, path: str, leaf: np.ndarray) -> None:
+        """Takes a leaf, which must not change until it is written."""
+        self.digests[path] = digest(leaf)
+        self.dtypes.setdefault(path.partition(".")[0], set()).add(leaf.dtype.name)
+        self._held[path] = leaf
+        self._size += leaf.nbytes
+        if self._size >= PIECE_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            ocp.partial.save(self._folder, names.unflatten(self._held))
+            self._held, self._size = {}, 0
+
+
+class Reader:
+    """The leaves of a folder that a `Writer` wrote, checked against what they must be.
+
+    Raises: ValueError naming every leaf that is missing, unknown, misshapen or wrongly typed.
+    """
+
+    def __init__(self, folder: pathlib.Path, shapes: dict[str, tuple[int, ...]], digests: dict[str, Any]):
+        """Args: shapes and digests are what the description beside the folder says."""
+        self._folder, self._digests = folder.absolute(), digests
+        if not folder.is_dir():
+            raise ValueError(f"{str(folder.parent)!r} has no {folder.name}/; it is not whole")
+        with damage(self._folder):
+            metadata = ocp.metadata(self._folder).metadata
+            if metadata is None:
+                raise ValueError("Orbax cannot read its structure")
+            self.leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+                           for path, leaf in names.flatten(metadata).items()}
+        self._check(shapes)
+
+    def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """These leaves. Raises ValueError naming every one whose bytes have changed."""
+        # Orbax returns numpy arrays in place of numpy arrays; these stand-ins occupy no memory.
+        like = {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+                for path in paths for leaf in (self.leaves[path],)}
+        context = ocp.Context()
+        context.pytree.loading.partial_load = len(like) < len(self.leaves)
+        with damage(self._folder), context:
+            found = names.flatten(ocp.load(self._folder, names.unflatten(like)))
+        # Orbax checks its own structure but not the values: a flipped bit there would go unseen.
+        changed = [path for path, leaf in found.items() if self._digests.get(path) != digest(leaf)]
+        if changed:
+            raise ValueError(f"{str(self._folder.parent)!r} is damaged; these parameters are not what was "
+                             f"written: {listing(changed)}")
+        return found
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        both = [path for path in shapes if path in self.leaves]
+        faults = {
+            "missing": [path for path in shapes if path not in self.leaves],
+            "unknown": [path for path in self.leaves if path not in shapes],
+            "misshapen": [f"{path} {list(self.leaves[path].shape)}, expected {list(shapes[path])}"
+                          for path in both if self.leaves[path].shape != shapes[path]],
+            "wrongly typed": [f"{path} {self.leaves[path].dtype.name}, expected one of {' '.join(DTYPES)}"
+                              for path in both if self.leaves[path].dtype.name not in DTYPES]}
+        lines = [f"{kind}: {listing(group)}" for kind, group in faults.items() if group]
+        if lines:
+            raise ValueError(f"{str(self._folder)!r} does not fit its description:\n  " + "\n  ".join(lines))
+
+
+def digest(array: Any) -> str:
+    """sha256 of an array's bytes, row by row."""
+    array = np.ascontiguousarray(array)
+    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
+
+
+@contextlib.contextmanager
+def damage(folder: pathlib.Path) -> Iterator[None]:
+    """Orbax's various errors about files that are not what it wrote, as one ValueError."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(folder)!r} is damaged or no Orbax checkpoint: "
+                         f"{textwrap.shorten(str(error), 300)}") from error
+
