@@ -20,9 +20,10 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbC
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")   # grey of 16 bits; Pillow would clip them to 8
 MAX_PIXELS = 200_000_000                       # of any image; callers may ask for less
 _ORIENTATION = 0x0112                          # the EXIF tag; 1 is upright
-_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90}
+_UPRIGHT = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))
 
 # Pillow only warns between its limit and twice that; nobody reads a warning of a worker thread.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
@@ -125,7 +126,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation that the header gives, 1 to 8; broken EXIF says nothing. Pillow turns TIFF itself."""
+    """The EXIF orientation in the header, 1 to 8; broken EXIF says nothing, and Pillow turns TIFF itself."""
     exif = Image.Exif()
     try:   # not `getexif`, which decodes a PNG to look behind its pixels
         exif.load(image.info.get("exif", b""))
@@ -141,7 +142,8 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: image over the limit of {max_pixels} pixels") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{where}: not a readable image (PNG, JPEG, WEBP or any other that Pillow decodes itself)") from error
+        raise ValueError(f"{where}: not a readable image (PNG, JPEG, WEBP or another that Pillow decodes "
+                         "itself)") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{where}: image of {image.width} x {image.height} is over the limit of "
                          f"{max_pixels} pixels")

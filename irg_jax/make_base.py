@@ -1,4 +1,4 @@
-"""Makes the miniature's base checkpoint: data, tokenizer, autoencoder, then a network that draws, sees and reads.
+"""Makes the miniature's base: data, tokenizer, autoencoder, then a network that draws, sees and reads.
 
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export

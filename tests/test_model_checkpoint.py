@@ -86,7 +86,8 @@ def test_orbax_alone_reads_the_parameters(sound):
     assert list(kernels) == ["000", "001"]
     for layer, kernel in enumerate(kernels.values()):
         np.testing.assert_array_equal(kernel, model.params["decoder"]["layers"]["gen"]["up"]["kernel"][layer])
-    np.testing.assert_array_equal(tree["vae"]["encoder"]["conv_in"]["bias"], model.vae["encoder"]["conv_in"]["bias"])
+    np.testing.assert_array_equal(tree["vae"]["encoder"]["conv_in"]["bias"],
+                                  model.vae["encoder"]["conv_in"]["bias"])
 
 
 def test_leaves_written_in_many_pieces_are_those_written_at_once(sound, tmp_path, monkeypatch):

@@ -46,7 +46,8 @@ def test_a_renamed_thought_names_only_what_the_prompt_and_the_scene_name(seed):
     scene = sample_scene(rng, request, split="train")
     prompt = language.prompt(rng, request)
     renamed, thought = reading.name_things(rng, prompt, scene)
-    new = set(re.findall(r"[\w#-]+", thought.removeprefix("<think>").removesuffix("</think>"))) & set(reading.OTHER_WORDS)
+    said = thought.removeprefix("<think>").removesuffix("</think>")
+    new = set(re.findall(r"[\w#-]+", said)) & set(reading.OTHER_WORDS)
     assert all(word in renamed for word in new), (renamed, thought)
 
 

@@ -142,7 +142,8 @@ def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         case 3 if len(same) == 1:
             return f"where is the {thing.shape}?", f"at the {where(thing)}."
         case 4:
-            known = [colour for colour in COLOURS if is_training(Request("colors", (Group(thing.shape, 1, colour),)))]
+            known = [colour for colour in COLOURS
+                     if is_training(Request("colors", (Group(thing.shape, 1, colour),)))]
             colour = thing.colour if rng.random() < 0.5 else pick(rng, known)
             seen = any(other.colour == colour for other in same)
             return f"is there {_counted(1, colour, thing.shape)}?", "yes." if seen else "no."

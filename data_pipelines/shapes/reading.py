@@ -2,7 +2,7 @@
 
 BAGEL starts from Qwen2.5, which reads any sentence, repeats any word and knows which adjective goes with which
 noun. The miniature learns as much here: it answers questions about a caption, and says what a prompt asks for
-even where the prompt names things that it never heard of.
+even where the prompt names that it never heard of.
 """
 
 import re
@@ -18,14 +18,15 @@ RENAMED_SHARE = 0.5   # of the words that say what a thing is like
 
 # Plain words that name no shape and no colour: with them no sentence can hold a held-out combination.
 OTHER_WORDS = tuple(
-    "again all almost already also asked back before bird boat book box bridge brown cat chair change clean cloud "
-    "cold corner cup deep dog door dry each edge else every fast final find first fish flaw flower full glass goal "
-    "gold hand help high hill home house idea improve improvement island keep key lamp larger leave letter light "
-    "line long looking machine map mark matter missing modification moon mountain move music must needed new next "
-    "number open order other paper part paths plan point problem prompt quick quiet rain remove required rest river "
-    "road rock room round salt sea second see shadow ship shore short should side silver slow smaller soft song "
-    "sound step stone story summer swap table tall things think third tower tree turn up warm water wave whole wide "
-    "wild wind window winter wood word world wrong year young Final Required Step-by-step ###".split())
+    "again all almost already also asked back before bird boat book box bridge brown cat chair change "
+    "clean cloud cold corner cup deep dog door dry each edge else every fast final find first fish flaw "
+    "flower full goal gold hand help high hill home house idea improve improvement island keep key "
+    "lamp larger leave letter light line long looking machine map mark matter missing modification moon "
+    "mountain move music must needed new next number open order other paper part plan point problem "
+    "prompt quick quiet rain remove required rest river road rock room round salt sea second see shadow "
+    "ship shore short should side silver slow smaller soft song sound step stone story summer swap table "
+    "tall think third tower tree turn up warm water wave whole wide wild wind window winter wood "
+    "word world wrong year young Final Required Step-by-step ###".split())
 
 
 def rename(rng: np.random.Generator, texts: Sequence[str]) -> list[str]:
@@ -33,12 +34,13 @@ def rename(rng: np.random.Generator, texts: Sequence[str]) -> list[str]:
 
     Only what the first text names is renamed: the others can be told from it.
     """
-    kinds = [word for word in (*BACKGROUNDS, *COLOURS, *SHAPES, *TEXTURES) if word in texts[0]]
-    chosen = [word for word in kinds if rng.random() < RENAMED_SHARE]
+    # "pale green" holds a colour's name: the longest first, here and below.
+    known = "|".join(sorted((*BACKGROUNDS, *COLOURS, *SHAPES, *TEXTURES), key=len, reverse=True))
+    said = dict.fromkeys(re.findall(rf"\b({known})(?:e?s)?\b", texts[0]))
+    chosen = [word for word in said if rng.random() < RENAMED_SHARE]
     others = [OTHER_WORDS[i] for i in rng.permutation(len(OTHER_WORDS))[:len(chosen)]]
     names = dict(zip(chosen, others))
     names |= {plural(shape, 2): plural(names[shape], 2) for shape in SHAPES if shape in names}
-    # Backgrounds first: "pale green" holds a colour's name.
     words = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     return [re.sub(rf"\b({words})\b", lambda match: names[match[0]], text) if words else text for text in texts]
 
