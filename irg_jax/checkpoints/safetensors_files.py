@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -17,16 +18,18 @@ from irg_jax.checkpoints.names import listing
 
 SHARD_BYTES = 5 * 10**9
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
+_READ = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
 
 class Entry(NamedTuple):
-    """One tensor of a file; `dtype` is the file's name for it ("F32")."""
+    """One tensor of a file; `dtype` is the file's name for it ("F32"), `begin` its first byte's place."""
 
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: str
+    begin: int
 
 
 class TensorFiles:
@@ -40,7 +43,6 @@ class TensorFiles:
         self.files: list[pathlib.Path] = []
         self.entries: dict[str, Entry] = {}
         self.faults: list[str] = []
-        self._handles = {}
         choices = [folder / f"{stem}.safetensors{suffix}" for stem in stems
                    for suffix in ("", ".index.json")]
         path = next((file for file in choices if file.is_file()), None)
@@ -53,23 +55,35 @@ class TensorFiles:
             self._open(path)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in host memory."""
-        return self._handles[self.entries[name].file].get_tensor(name)
+        """The tensor, in host memory; read and not mapped, so that it goes when it is no longer used.
+
+        Raises: ValueError if its dtype is none of F32, BF16 and F16.
+        """
+        file, shape, dtype, begin = self.entries[name]
+        if dtype not in _READ:
+            raise ValueError(f"{file.name}: {name} is {dtype}; only {', '.join(_READ)} can be read")
+        count = math.prod(shape) * np.dtype(_READ[dtype]).itemsize
+        return np.fromfile(file, np.uint8, count, offset=begin).view(_READ[dtype]).reshape(shape)
 
     def _open(self, file: pathlib.Path) -> set[str]:
         self.files.append(file)
         try:
-            handle = safe_open(file, framework="numpy")
+            with safe_open(file, framework="numpy") as handle:
+                names = set(handle.keys())
         except (SafetensorError, OSError) as error:
             cut = _cut_tensors(file)
             self.faults.append(f"{file.name}: truncated: {listing(cut)}" if cut else
                                f"{file.name}: truncated or no safetensors file: {error}")
             return set()
-        self._handles[file] = handle
-        for name in handle.keys():
-            part = handle.get_slice(name)
-            self.entries[name] = Entry(file, tuple(part.get_shape()), str(part.get_dtype()))
-        return set(handle.keys())
+        # The library has found the header sound; only now anything else looks at it.
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        for name in names:
+            tensor = header[name]
+            self.entries[name] = Entry(file, tuple(tensor["shape"]), tensor["dtype"],
+                                       8 + size + tensor["data_offsets"][0])
+        return names
 
     def _open_shards(self, index: pathlib.Path) -> None:
         self.files.append(index)
