@@ -25,7 +25,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage1 has the sizes full and quick, not {size!r}")
-    steps = 300 if size == "full" else 4
+    steps = 400 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage1",
         "init_from": "runs/shapes/base",
@@ -33,7 +33,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "dtype": "float32",
         "remat": False,
         "save_every": 100,
-        "loss": {"timestep_shift": 1.5, "vae_batch": 16},
+        "loss": {"timestep_shift": 4.0, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": min(20, steps // 2), "eps": 1e-8,
                       "b2": 0.98, "ema_decay": 0.98},
         "data": {

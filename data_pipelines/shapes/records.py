@@ -40,6 +40,7 @@ from data_pipelines.shapes.render import render
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
+from data_pipelines.shapes.sketch import sketch
 
 MODES = (
     "initial_thinking_understanding",
@@ -54,6 +55,8 @@ BASE_MODES = ("text_to_image", "understanding", "description", "editing", "capti
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
+# Of the pictures that the base is shown: drawn crookedly, as it draws itself.
+SKETCHED_SHARE = 0.5
 
 Turn = dict[str, Any]
 
@@ -173,7 +176,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             return [_user(story.prompt), _assistant(_drawn(story.right, side))]
         case "understanding":
             asked = language.questions(rng, story.flawed, NUM_QUESTIONS)
-            return [_assistant(_image(story.flawed, side, need_vit=True)), *_answered(asked)]
+            shown = _image(story.flawed, side, _shown(rng, story.flawed, side), need_vit=True)
+            return [_assistant(shown), *_answered(asked)]
         case "description":
             thought = language.tagged(language.describe(rng, story.right))
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
@@ -183,7 +187,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "captioned":
             return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
         case "captioning":
-            return [_assistant(_image(story.flawed, side, need_vit=True)), _user(language.WHAT_IS_WHERE),
+            shown = _image(story.flawed, side, _shown(rng, story.flawed, side), need_vit=True)
+            return [_assistant(shown), _user(language.WHAT_IS_WHERE),
                     _assistant(_text(language.caption(None, story.flawed)))]
         case "reading":
             told, asked = read_caption(rng, story.right)
@@ -205,8 +210,14 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
             before = [_user(language.caption(rng, story.flawed))]
         case 2:
             instruction += f" {language.caption(rng, story.right)}"
-    return [*before, _assistant(_seen(story.flawed, side)), _user(instruction),
-            _assistant(_drawn(story.right, side))]
+    shown = _seen(story.flawed, side, _shown(rng, story.flawed, side))
+    return [*before, _assistant(shown), _user(instruction), _assistant(_drawn(story.right, side))]
+
+
+def _shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
+    """A picture for the base to look at."""
+    picture = render(scene, side=side)
+    return sketch(rng, picture) if rng.random() < SKETCHED_SHARE else picture
 
 
 def _answered(asked: Sequence[tuple[str, str]]) -> list[Turn]:
