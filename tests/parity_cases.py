@@ -120,24 +120,24 @@ def numbers(ids: list[int]) -> str:
 
 
 def generator(case: ParityCase, noise: list[str], values: dict, **fields) -> Generator:
-    """A generator in float32 whose image of turn i starts from the golden array noise[i]."""
+    """A generator, in float32 unless said, whose image of turn i starts from the golden array noise[i]."""
     config = SamplingConfig(
-        vae_transform=transform(values["vae_transform"]), posterior="mean", dtype="float32",
+        vae_transform=transform(values["vae_transform"]), posterior="mean",
         vit_transform=transform(values["vit_transform"]), text_multiple=8, cache_multiple=32,
-        **{"height": values["height"], "width": values["width"], **fields})
+        **{"dtype": "float32", "height": values["height"], "width": values["width"], **fields})
     tokenizer = NumberTokenizer(case.values["special_tokens"])
     model = dataclasses.replace(case.model, tokenizer=tokenizer)
     draw_noise = lambda seeds, turn, shape: jnp.asarray(case.arrays[noise[turn]]).reshape(1, *shape)
     return Generator(model, config, draw_noise=draw_noise)
 
 
-def trajectory_generator(case: ParityCase) -> Generator:
+def trajectory_generator(case: ParityCase, **fields) -> Generator:
     """Generates as the golden two-turn trajectory did."""
     values = case.values["infer"]
     return generator(case, ["infer.noise1", "infer.noise2"], values,
                      system_prompt=numbers(values["system"]), turn1=flow(values["turn1"]),
                      turn2=flow(values["turn2"]),
-                     text=TextConfig(max_length=values["max_length"], do_sample=False))
+                     text=TextConfig(max_length=values["max_length"], do_sample=False), **fields)
 
 
 def thought(generator: Generator, state) -> list[int]:
