@@ -36,11 +36,11 @@ GIB = 2**30
 
 
 def release(layers: int) -> ModelConfig:
-    """BAGEL-7B-MoT with fewer layers."""
+    """BAGEL-7B-MoT with fewer layers of the language model."""
     return ModelConfig(
         LLMConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers,
                   num_attention_heads=28, num_key_value_heads=4),
-        ViTConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=min(layers, 27),
+        ViTConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
                   num_attention_heads=16),
         VAEConfig())
 
@@ -106,7 +106,8 @@ def measure(folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
     result["convert"] = run("irg_jax.convert", "--source", str(source), "--target", str(target))
     before = digests(source)
     shutil.rmtree(source)
-    result["export"] = run("irg_jax.export", "--checkpoint", str(target), "--format", "bagel", "--out", str(back))
+    result["export"] = run("irg_jax.export", "--checkpoint", str(target), "--format", "bagel", "--out",
+                           str(back))
     result["export_is_the_source"] = digests(back) == before
     for name in ("convert", "export"):
         result[name]["times_copy"] = result[name]["seconds"] / result["copy_seconds"]
@@ -122,7 +123,7 @@ def main(values: Any) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("layers", 28, "Layers of the network; 28 is the release.", lower_bound=1)
+    flags.DEFINE_integer("layers", 28, "Layers of the language model; 28 is the release.", lower_bound=1)
     flags.DEFINE_string("folder", None, "Where there is room; by default the system's temporary folder.")
     flags.DEFINE_string("out", str(machine.RESULTS / "convert.json"), "The result file.")
     command.run(main)
