@@ -4,15 +4,15 @@
         --workdir runs/shapes_base --out runs/shapes_base/export
 
 builds the data set (3 minutes), trains a tokenizer and the autoencoder (15), computes moments (7), trains the
-network to draw (60), its vision encoder by itself (4), the network on plain text-to-image, captions, questions and
-editing (65), on text alone (20) and on all of it (60; no reflection, no IRGL), and exports in the released layout in
-bf16. Interrupted, the same command resumes. Minutes are of two cores, put together from parts that ran at
-different times.
+network to draw (60), its vision encoder by itself (4), the network on plain text-to-image, captions,
+questions and editing (65), on text alone (20) and on all of it (60; no reflection, no IRGL), and exports in
+the released layout in bf16. Interrupted, the same command resumes. Minutes are of two cores, put together
+from parts that ran at different times.
 
-The weights in assets/shapes_base went this way while the recipe was found: `see` stopped at step 6,776 of a cosine
-of 9,000; `base` is 1,600 steps with a shift of 2, then 2,300 and 1,800 with 4.0, each with a cosine of its own, and
-crooked pictures in the last 1,800 only. Expected there: 69 % of questions about scenes are answered right
-(`irg_jax.examine --num 300`); of 300 held-out prompts 37 % are drawn right, 32 % after
+The weights in assets/shapes_base went this way while the recipe was found: `see` stopped at step 6,776 of a
+cosine of 9,000; `base` is 1,600 steps with a shift of 2, then 2,300 and 1,800 with 4.0, each with a cosine of
+its own, and crooked pictures in the last 1,800 only. Expected there: 69 % of questions about scenes are
+answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 37 % are drawn right, 32 % after
 thinking (`bash launch/local.sh`).
 """
 

@@ -150,13 +150,14 @@ def test_the_step_of_each_flaw(flaw, step):
 
 def test_answers_are_true():
     asked = {}
-    for seed in range(400):
+    for seed in range(1000):
         question, answer = language.question(np.random.default_rng(seed), SCENE)
         asked.setdefault(question, set()).add(answer)
     assert asked["how many circles are there?"] == {"two."}
     assert asked["how many stars are there?"] == {"none."}
     assert asked["what is the colour of the square?"] == {"blue."}
     assert asked["where is the square?"] == {"at the right."}
+    assert asked["what is at the right?"] == {"a blue square."}
     assert asked["is there a red circle?"] == {"yes."}
     assert asked["is there a green circle?"] == {"no."}
     assert asked["what is the colour of the background?"] == {"pale pink."}
