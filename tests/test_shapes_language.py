@@ -159,7 +159,8 @@ def test_answers_are_true():
     assert asked["where is the square?"] == {"at the right."}
     assert asked["what is at the right?"] == {"a blue square."}
     assert asked["is there a red circle?"] == {"yes."}
-    assert asked["is there a green circle?"] == {"no."}
+    assert asked["is there a yellow circle?"] == {"no."}
+    assert "is there a green circle?" not in asked   # held out
     assert asked["what is the colour of the background?"] == {"pale pink."}
     assert asked["how many things are there?"] == {"three."}
     # There are two circles: asking for the place of one would have no answer.
