@@ -10,10 +10,10 @@ the released layout in bf16. Interrupted, the same command resumes. Minutes are 
 from parts that ran at different times.
 
 The weights in assets/shapes_base went this way while the recipe was found: `see` stopped at step 6,776 of a
-cosine of 9,000; `base` is 1,600 steps with a shift of 2, then 2,300 and 1,800 with 4.0, each with a cosine of
-its own, and crooked pictures in the last 1,800 only. Expected there: 69 % of questions about scenes are
-answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 37 % are drawn right, 32 % after
-thinking (`bash launch/local.sh`).
+cosine of 9,000, with one question a picture and smaller packs; `base` is 1,600 steps with a shift of 2, then
+2,300 and 1,800 with 4.0, each with a cosine of its own, and crooked pictures in the last 1,800 only. Expected
+there: 69 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out
+prompts 37 % are drawn right, 32 % after thinking (`bash launch/local.sh`).
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""How the miniature draws: IRG's settings at 64 pixels.
+"""How the miniature draws: IRG's settings at 64 pixels, but for the guidance of turn 2.
 
     python -m irg_jax.generate --config configs/shapes_generate.py --checkpoint runs/shapes/stage2 \
         --prompt "two red circles left of a blue square" --out runs/shapes/generated

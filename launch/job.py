@@ -63,11 +63,11 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
         Step("moments", (10, 31), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
             " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
-        Step("stage1", (33, 220), (*command(
+        Step("stage1", (33, 265), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"
             " --config.data.moments={out}/moments"), *train_seeded)),
-        Step("stage2", (30, 490), (*command(
+        Step("stage2", (30, 620), (*command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
             " --config.data.source={out}/data --config.data.moments={out}/moments"), *train_seeded)),
         Step("generate", (20, 17), (*command(

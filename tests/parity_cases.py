@@ -66,9 +66,9 @@ class ParityCase:
 
     def to_torch(self, tree: Params) -> dict[str, np.ndarray]:
         """Parameters or gradients under their torch names."""
-        flat = names.flatten(tree)
-        return {slot.name: slot.to_torch(np.asarray(flat[slot.path]))
-                for slot in names.model_slots(self.config)}
+        slots = names.model_slots(self.config)
+        leaves = dict(names.unstack(names.flatten(tree), slots))
+        return {slot.name: slot.to_torch(np.asarray(leaves[slot.leaf])) for slot in slots}
 
     def step_config(self, **fields) -> StepConfig:
         """The golden optimiser run."""

@@ -259,6 +259,17 @@ def test_the_frozen_part_of_a_stage_comes_back_and_can_be_written_again(tmp_path
     assert_same(load_stage_frozen(stage), dataclasses.replace(second, params={}))
 
 
+def test_a_stage_that_was_killed_while_it_began_can_begin_again(tmp_path):
+    stage, model = tmp_path / "stage1", make_model(tokenizer=make_tokenizer())
+    writer = store.Writer(stage / "vae").__enter__()
+    for path, leaf in list(names.flatten(model.vae).items())[:20]:
+        writer.add(f"vae.{path}", leaf)
+    writer._flush()   # and now the process is gone
+    save_stage_frozen(stage, model)
+    assert_same(load_stage_frozen(stage), dataclasses.replace(model, params={}))
+    assert {path.name for path in stage.iterdir()} == {"model.json", "tokenizer.json", "vae"}
+
+
 def test_a_damaged_bundle_is_refused_in_a_sentence(tmp_path):
     stage, model = tmp_path / "stage1", make_model()
     save_stage(stage, model, {10: model})

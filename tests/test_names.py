@@ -104,10 +104,23 @@ def test_both_directions_are_inverse():
     rng = np.random.default_rng(0)
     for slot in (*names.model_slots(CONFIG), *names.vae_slots(CONFIG.vae)):
         tensor = rng.normal(size=slot.shape)
-        ours = slot.to_ours(tensor)
-        if slot.layer is not None:
-            ours = np.stack([ours if layer == slot.layer else ours + 1 for layer in range(3)])
-        np.testing.assert_array_equal(slot.to_torch(ours), tensor)
+        assert slot.to_ours(tensor).shape == slot.our_shape
+        np.testing.assert_array_equal(slot.to_torch(slot.to_ours(tensor)), tensor)
+
+
+def test_layers_are_stacked_in_their_order_and_come_apart_again():
+    rng, slots = np.random.default_rng(0), names.model_slots(CONFIG)
+    parts = {slot.leaf: rng.normal(size=slot.our_shape) for slot in slots}
+    whole = names.stack(dict(parts), slots)
+    shapes = names.flatten(names.model_shapes(CONFIG))
+    assert whole.keys() == shapes.keys()
+    assert all(leaf.shape == shapes[path].shape for path, leaf in whole.items())
+    for slot in slots:
+        found = whole[slot.path] if slot.layer is None else whole[slot.path][slot.layer]
+        np.testing.assert_array_equal(found, parts[slot.leaf])
+    apart = dict(names.unstack(whole, slots))
+    assert apart.keys() == parts.keys()
+    assert all((apart[path] == part).all() for path, part in parts.items())
 
 
 def test_flatten_is_inverse():

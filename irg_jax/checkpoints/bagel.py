@@ -19,12 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from data_pipelines.tokenizer import Tokenizer
-from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.model import (
     TOKENIZER,
     Model,
     cast,
+    join_leaves,
     list_leaves,
     load_tokenizer,
     model_slots,
@@ -82,10 +82,7 @@ def import_folder(folder: str | pathlib.Path, *, dtype: str | None = None) -> Mo
     Raises: ValueError as `open_folder` and its leaves do.
     """
     config, tokenizer, leaves = open_folder(folder)
-    found = dict(leaves)
-    params, vae = (names.unflatten(names.stack({slot.leaf: found.pop(f"{part}.{slot.leaf}") for slot in slots},
-                                               slots)) for part, slots in model_slots(config).items())
-    return cast(Model(config, tokenizer, params, vae), dtype)
+    return cast(Model(config, tokenizer, *join_leaves(dict(leaves), model_slots(config))), dtype)
 
 
 def open_folder(folder: str | pathlib.Path) -> tuple[ModelConfig, Tokenizer | None,
@@ -125,9 +122,9 @@ def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Token
     pending = {part: [_pending(part, slot, np.dtype(dtype if dtype and part == "model" else
                                                     dtypes[f"{part}.{slot.leaf}"]), read, bad)
                       for slot in slots] for part, slots in model_slots(config).items()}
-    network = pending["model"]
     # The tables have no dtype of their own.
-    network += [_pending_table(table, network[0].dtype) for table in names.fixed_tables(config)]
+    tables = np.dtype(dtype or dtypes["model.embed"])
+    network = pending["model"] + [_pending_table(table, tables) for table in names.fixed_tables(config)]
     with new_folder(out) as folder:
         for name, values in _config_files(config).items():
             (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -252,7 +249,7 @@ def _pending(part: str, slot: names.Slot, dtype: np.dtype, read: Callable[[str],
         leaf = np.asarray(read(f"{part}.{slot.leaf}"), dtype)
         if not _is_finite(leaf):
             bad.append(slot.path)
-        return slot.part_to_torch(leaf)
+        return slot.to_torch(leaf)
     return Pending(slot.name, slot.shape, dtype, make)
 
 

@@ -86,9 +86,7 @@ def load_model(path: str | pathlib.Path) -> Model:
             params, _ = restore_ema(folder, names.model_shapes(stage.config))
         return dataclasses.replace(stage, params=jax.tree.map(np.asarray, params))
     config, tokenizer, reader = open_model(folder)
-    leaves = reader.read(reader.leaves)
-    params, vae = (_whole(part, leaves, slots) for part, slots in model_slots(config).items())
-    return Model(config, tokenizer, params, vae)
+    return Model(config, tokenizer, *join_leaves(reader.read(reader.leaves), model_slots(config)))
 
 
 def open_model(path: str | pathlib.Path) -> tuple[ModelConfig, Tokenizer | None, Reader]:
@@ -113,9 +111,13 @@ def model_slots(config: ModelConfig) -> dict[str, list[names.Slot]]:
     return {"model": names.model_slots(config), "vae": names.vae_slots(config.vae)}
 
 
-def _whole(part: str, leaves: dict[str, np.ndarray], slots: list[names.Slot]) -> Params:
-    found = {slot.leaf: leaves.pop(f"{part}.{slot.leaf}") for slot in slots}
-    return names.unflatten(names.stack(found, slots))
+def join_leaves(leaves: dict[str, np.ndarray], parts: dict[str, list[names.Slot]]) -> list[Params]:
+    """The parameters of each part: the inverse of `list_leaves`. Takes them out of `leaves` as it goes."""
+    whole = []
+    for part, slots in parts.items():
+        found = {slot.leaf: leaves.pop(f"{part}.{slot.leaf}") for slot in slots}
+        whole.append(names.unflatten(names.stack(found, slots)))
+    return whole
 
 
 def save_stage_frozen(folder: str | pathlib.Path, model: Model) -> None:
@@ -137,7 +139,8 @@ def load_stage_frozen(folder: str | pathlib.Path) -> Model:
     slots = names.vae_slots(config.vae)
     reader = Reader(folder / FROZEN, {f"vae.{slot.leaf}": slot.our_shape for slot in slots},
                     description["sha256"])
-    return Model(config, load_tokenizer(folder, config), {}, _whole("vae", reader.read(reader.leaves), slots))
+    (vae,) = join_leaves(reader.read(reader.leaves), {"vae": slots})
+    return Model(config, load_tokenizer(folder, config), {}, vae)
 
 
 def load_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -81,13 +81,9 @@ class Slot:
         """A view in our layout."""
         return tensor.transpose(self.axes)
 
-    def part_to_torch(self, part: np.ndarray) -> np.ndarray:
-        """The inverse of `to_ours`."""
+    def to_torch(self, part: np.ndarray) -> np.ndarray:
+        """A view in the torch layout: the inverse of `to_ours`."""
         return part.transpose(np.argsort(self.axes))
-
-    def to_torch(self, parameter: np.ndarray) -> np.ndarray:
-        """A view of this slot's part of the whole parameter, in the torch layout."""
-        return self.part_to_torch(parameter if self.layer is None else parameter[self.layer])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ size passes through little memory.
 import contextlib
 import hashlib
 import pathlib
+import shutil
 import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,6 +26,9 @@ PIECE_BYTES = 2**28   # what is gathered before it is written
 class Writer:
     """Writes leaves as they come; the folder takes its name when the block ends without an error.
 
+    They go into a folder beside it: Orbax would go on with what a killed process had begun, and refuse to
+    write a leaf again.
+
     `digests` has the sha256 of every leaf, `dtypes` their names by the first word of the path.
     """
 
@@ -32,14 +36,21 @@ class Writer:
         self.digests: dict[str, str] = {}
         self.dtypes: dict[str, set[str]] = {}
         self._folder, self._held, self._size = folder.absolute(), {}, 0
+        self._room = self._folder.with_name(f".{folder.name}.partial")
 
     def __enter__(self) -> "Writer":
+        shutil.rmtree(self._room, ignore_errors=True)   # left by a run that was killed
+        self._room.mkdir(parents=True)
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self._flush()
-            ocp.partial.finalize(self._folder)
+        try:
+            if kind is None:
+                self._flush()
+                ocp.partial.finalize(self._room / self._folder.name)
+                (self._room / self._folder.name).rename(self._folder)
+        finally:
+            shutil.rmtree(self._room, ignore_errors=True)
 
     def add(self, path: str, leaf: np.ndarray) -> None:
         """Takes a leaf, which must not change until it is written."""
@@ -52,7 +63,7 @@ class Writer:
 
     def _flush(self) -> None:
         if self._held:
-            ocp.partial.save(self._folder, names.unflatten(self._held))
+            ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
             self._held, self._size = {}, 0
 
 
