@@ -1,7 +1,10 @@
 """Attention under the visibility rule, block of queries by block of queries.
 
-Axes: B packs, S queries, C keys, N query heads, K key-value heads, R = N / K, H head size.
+Axes: B packs, S queries, C keys, N query heads, K key-value heads, R = N / K, M = R S, H head size.
+Scores and softmax are float32; matmuls take the dtype of their inputs and add up in float32.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,26 +16,6 @@ from data_pipelines.batch import INF, Rows, visible
 BLOCK = 512  # queries at once: score memory is B N BLOCK C, never O(S^2)
 
 
-def _attend_block(query, key, value, query_rows: Rows, key_rows: Rows):
-    """One block of queries [B K S R H] against all keys [B K C H]; scores and softmax in float32.
-
-    Heads lead and the queries that share a key head lie side by side: XLA on CPUs then calls one plain
-    matmul a head, four times faster than contracting over inner axes.
-    """
-    batch, heads, length, shared, size = query.shape
-    query = query.reshape(batch, heads, length * shared, size) * size**-0.5
-    score = jnp.einsum("bkmh,bkch->bkmc", query, key, preferred_element_type=jnp.float32)
-    score = score.reshape(batch, heads, length, shared, -1)
-    score = jnp.where(visible(query_rows, key_rows)[:, None, :, None], score, -jnp.inf)
-    # A query that sees nothing (padding) gets zeros: its maximum is -inf, its sum of weights zero.
-    top = jax.lax.stop_gradient(jnp.max(score, -1, keepdims=True))
-    weight = jnp.exp(score - jnp.where(jnp.isfinite(top), top, 0.0))
-    total = jnp.sum(weight, -1, keepdims=True)
-    weight = (weight / jnp.where(total > 0, total, 1.0)).astype(value.dtype)
-    out = jnp.einsum("bkmc,bkch->bkmh", weight.reshape(batch, heads, length * shared, -1), value)
-    return out.reshape(batch, heads, length, shared, size)
-
-
 def attend(
     query: Float[Array, "B S N H"],
     key: Float[Array, "B C K H"],
@@ -42,23 +25,98 @@ def attend(
 ) -> Float[Array, "B S N H"]:
     """softmax(q k / sqrt(H)) v over the visible keys; N / K queries share a key head.
 
-    Rows are int32 [B, S] and [B, C]. Memory is linear in S and C; the backward pass recomputes scores.
+    Rows are int32 [B, S] and [B, C]. Memory is linear in S and C: for the backward pass a query keeps its
+    output and one number a head, and scores are computed again. A query that sees nothing (padding) gets zeros.
     """
-    length = query.shape[1]
+    length, heads, size = query.shape[1:]
     if not length:   # a stream without tokens, e.g. `vit_tokens` is 0
         return query
-    query = rearrange(query, "b s (k r) h -> b k s r h", k=key.shape[2])
+    # Heads lead, and those that share a key head stand one below the other: one plain matmul a key head.
+    query = rearrange(query * size**-0.5, "b s (k r) h -> b k r s h", k=key.shape[2])
     key, value = (rearrange(x, "b c k h -> b k c h") for x in (key, value))
-    if length <= BLOCK:
-        out = _attend_block(query, key, value, query_rows, key_rows)
-        return rearrange(out, "b k s r h -> b s (k r) h")
+    out = _attend(query, key, value, query_rows, key_rows)
+    return rearrange(out, "b k r s h -> b s (k r) h")
 
+
+@jax.custom_vjp
+def _attend(query, key, value, query_rows: Rows, key_rows: Rows):
+    """Scaled queries [B K R S H], keys and values [B K C H] -> [B K R S H]."""
+    return _forward(query, key, value, query_rows, key_rows)[0]
+
+
+def _forward(query, key, value, query_rows, key_rows):
+    def block(carry, query, rows):
+        seen, score = _seen(rows, key_rows), _times(query, key)
+        top = jnp.max(jnp.where(seen, score, -jnp.inf), -1, keepdims=True)
+        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        weight = jnp.where(seen, jnp.exp(score - top), 0.0)
+        total = jnp.sum(weight, -1, keepdims=True)
+        total = jnp.where(total > 0, total, 1.0)
+        out = _mix(weight.astype(value.dtype), value) / total
+        return carry, (out.astype(value.dtype), top + jnp.log(total))
+    _, (out, logsum) = _over_blocks(block, (), query_rows, query)
+    return out, (query, key, value, query_rows, key_rows, out, logsum)
+
+
+def _backward(saved, d_out):
+    query, key, value, query_rows, key_rows, out, logsum = saved
+    # What the sum of weights takes back: sum over keys of weight * d_weight, which is d_out . out.
+    share = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+
+    def block(carry, query, d_out, logsum, share, rows):
+        weight = jnp.where(_seen(rows, key_rows), jnp.exp(_times(query, key) - logsum), 0.0)
+        d_score = (weight * (_times(d_out, value) - share)).astype(key.dtype)
+        d_key, d_value = _collect(d_score, query), _collect(weight.astype(value.dtype), d_out)
+        return jax.tree.map(jnp.add, carry, (d_key, d_value)), _mix(d_score, key).astype(query.dtype)
+    zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
+    (d_key, d_value), d_query = _over_blocks(block, zero, query_rows, query, d_out, logsum, share)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _seen(query_rows: Rows, key_rows: Rows):
+    """bool [B 1 1 S C]."""
+    return visible(query_rows, key_rows)[:, None, None]
+
+
+def _rows(x):
+    return rearrange(x, "b k r s x -> b k (r s) x")
+
+
+def _times(query, key):
+    """[B K R S H], [B K C H] -> float32 [B K R S C]."""
+    score = jnp.einsum("bkmh,bkch->bkmc", _rows(query), key, preferred_element_type=jnp.float32)
+    return score.reshape(*query.shape[:4], key.shape[2])
+
+
+def _mix(weight, value):
+    """[B K R S C], [B K C H] -> float32 [B K R S H]."""
+    mixed = jnp.einsum("bkmc,bkch->bkmh", _rows(weight), value, preferred_element_type=jnp.float32)
+    return mixed.reshape(*weight.shape[:4], value.shape[3])
+
+
+def _collect(weight, query):
+    """[B K R S C], [B K R S H] -> float32 [B K C H]."""
+    return jnp.einsum("bkmc,bkmh->bkch", _rows(weight), _rows(query), preferred_element_type=jnp.float32)
+
+
+def _over_blocks(block: Callable, carry, rows: Rows, *per_query):
+    """Scans `block(carry, *slices [B K R BLOCK ...], their rows) -> (carry, results)` over the queries."""
+    length = rows.order.shape[1]
+    if length <= BLOCK:
+        return block(carry, *per_query, rows)
     pad = -length % BLOCK
-    def blocks(x, axis, fill=0):  # length -> [blocks, ..., BLOCK, ...]
+
+    def cut(x, axis, fill=0):    # length -> [blocks, ..., BLOCK, ...]
         x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
         return jnp.stack(jnp.split(x, x.shape[axis] // BLOCK, axis))
-    rows = Rows(blocks(query_rows.order, 1, INF), blocks(query_rows.first, 1, INF), blocks(query_rows.span, 1),
-                blocks(query_rows.last, 1, -1), blocks(query_rows.noised, 1), blocks(query_rows.rope, 1))
-    one = jax.checkpoint(lambda xs: _attend_block(xs[0], key, value, xs[1], key_rows))
-    out = jax.lax.map(one, (blocks(query, 2), rows))
-    return rearrange(out, "n b k s r h -> b (n s) (k r) h")[:, :length]
+
+    def paste(x):                # its inverse, for results of queries
+        return rearrange(x, "n b k r s x -> b k r (n s) x")[:, :, :, :length]
+    rows = Rows(cut(rows.order, 1, INF), cut(rows.first, 1, INF), cut(rows.span, 1), cut(rows.last, 1, -1),
+                cut(rows.noised, 1), cut(rows.rope, 1))
+    blocks = (*(cut(x, 3) for x in per_query), rows)
+    carry, results = jax.lax.scan(lambda carry, xs: block(carry, *xs), carry, blocks)
+    return carry, jax.tree.map(paste, results)

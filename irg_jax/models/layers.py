@@ -28,6 +28,24 @@ def constant(shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
+    """x kernel. The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T.
+
+    On CPUs the latter writes all of dy once more, transposed: a third of the miniature's step.
+    """
+    return x @ kernel
+
+
+def _matmul_backward(saved, d_y):
+    x, kernel = saved
+    rows = lambda x: x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return d_y @ kernel.T, rows(x).T @ rows(d_y)
+
+
+matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x kernel + bias, in the dtype of x."""
 
@@ -36,7 +54,7 @@ class Linear(nnx.Module):
         self.bias = constant((d_out,), axes[1:], 0.0) if use_bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...].astype(x.dtype))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
