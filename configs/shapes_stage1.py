@@ -25,7 +25,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage1 has the sizes full and quick, not {size!r}")
-    steps = 400 if size == "full" else 4
+    steps = 600 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage1",
         "init_from": "runs/shapes/base",
@@ -35,12 +35,13 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "save_every": 100,
         "loss": {"timestep_shift": 4.0, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": min(20, steps // 2), "eps": 1e-8,
-                      "b2": 0.98, "ema_decay": 0.98},
+                      "b2": 0.98, "ema_decay": 0.98,
+                      "frozen": ("vit", "connector")},
         "data": {
             "source": "runs/shapes/data",
             "groups": GROUPS,
-            "packs_per_step": 10 if size == "full" else 2,
-            "text_tokens": 280, "vit_tokens": 32, "latent_tokens": 48, "images": 3,
+            "packs_per_step": 9 if size == "full" else 2,
+            "text_tokens": 296, "vit_tokens": 48, "latent_tokens": 48, "images": 3,
             "max_tokens_per_record": 360,
             "text_dropout": 0.1,
             "vae_dropout": 0.3,

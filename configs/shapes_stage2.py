@@ -13,7 +13,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage2 has the sizes full and quick, not {size!r}")
-    steps = 800 if size == "full" else 4
+    steps = 1400 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage2",
         "init_from": "stage1:ema",
@@ -23,7 +23,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "save_every": 100,
         "loss": {"timestep_shift": 4.0, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": 0, "schedule": "cosine", "eps": 1e-8,
-                      "b2": 0.98, "ema_decay": 0.98},
+                      "b2": 0.98, "ema_decay": 0.98,
+                      "frozen": ("vit", "connector")},
         "data": {
             "source": "runs/shapes/data",
             "groups": {"initial_full": {"weight": 1.0, "is_mandatory": True},

@@ -77,7 +77,7 @@ def test_examples_hold_nothing_that_is_held_out():
 
 def test_the_encoder_learns_to_see(tmp_path):
     """On scenes it was not trained on, the heads name most backgrounds; chance is one of eight."""
-    config = dataclasses.replace(RECIPE, total_steps=300, num_images=600)
+    config = dataclasses.replace(RECIPE, total_steps=450, num_images=600)
     patches, labels = make_examples(config, TRANSFORM, 14)
     take = lambda rows: (patches[rows], Labels(*(values[rows] for values in labels)))
     examiner = Functional(lambda rngs: Examiner(MODEL, rngs=rngs))

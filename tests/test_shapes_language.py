@@ -54,7 +54,7 @@ def texts(stories):
 
 
 @pytest.mark.parametrize("kind, most", [
-    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 60), ("praise", 60), ("prompt", 30)])
+    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 90), ("praise", 90), ("prompt", 30)])
 def test_texts_keep_to_their_budget(texts, kind, most):
     assert max(num_words(text) for text in texts[kind]) <= most
     assert num_words(language.SYSTEM_PROMPT) <= 16
@@ -123,6 +123,8 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
     assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
     analysis, _, need, _, step, _, final = lines
+    assert analysis.startswith("i see red circle at top left; green square at right; striped red circle at bottom left; "
+                               "pale pink background. ")
     assert analysis.endswith("a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")

@@ -4,6 +4,7 @@ A tiny tokenizer is trained on these texts, so they stay short, plain and in low
 three headings of a reflection have capitals, as in the method's own template.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,9 +24,10 @@ HEADINGS = ("### Required improvements", "### Step-by-step modification", "### F
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
-MAX_REFLECTION = 60  # words; where they allow it, the final prompt also names the background
+MAX_SEEN = 4         # things told in a reflection before anything is said of them
+MAX_REFLECTION = 60  # words after these; where they allow it, the final prompt also names the background
 MAX_TOLD = 2         # flaws named in a reflection
-MAX_WORDS = 90       # of a reflection; one flaw always fits
+MAX_WORDS = 90       # of a reflection after what is seen; one flaw always fits
 MAX_REMOVED = 2      # things named that are too many
 
 OPENINGS = (
@@ -72,7 +74,7 @@ def caption(rng: np.random.Generator | None, scene: Scene) -> str:
     items = _placed(scene)
     by_place = lambda i: (PLACES.index(where(scene.things[i])), scene.things[i].x)
     order = sorted(range(len(items)), key=by_place) if rng is None else rng.permutation(len(items))
-    return f"{'; '.join(items[i] for i in order)}; {scene.background} background."
+    return "; ".join((*(items[i] for i in order), f"{scene.background} background."))
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
@@ -89,9 +91,9 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
 
 def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
             right: Scene) -> str:
-    """The look back, in think tags: what is wrong, then the three headed parts.
+    """The look back, in think tags: what is there, what is wrong with it, then the three headed parts.
 
-    Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
+    The caption comes first, so that the verdict can be read from it and the prompt alone. Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
     needed. Without a flaw it says so and asks for the same picture.
     """
     remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
@@ -103,7 +105,8 @@ def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw]
         text = _four_parts(remedies[:1], opening, keep, final=_ask(None, request))
     background = f" on a {right.background} background"
     fits = len(text.split()) + len(background.split()) <= MAX_REFLECTION
-    return tagged(f"{text}{background if fits else ''}.")
+    seen = dataclasses.replace(flawed, things=flawed.things[:MAX_SEEN])
+    return tagged(f"i see {caption(None, seen)} {text}{background if fits else ''}.")
 
 
 def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, *, final: str) -> str:

@@ -176,7 +176,7 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             return [_user(story.prompt), _assistant(_drawn(story.right, side))]
         case "understanding":
             asked = language.questions(rng, story.flawed, NUM_QUESTIONS)
-            shown = _image(story.flawed, side, _shown(rng, story.flawed, side), need_vit=True)
+            shown = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
             return [_assistant(shown), *_answered(asked)]
         case "description":
             thought = language.tagged(language.describe(rng, story.right))
@@ -187,7 +187,7 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "captioned":
             return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
         case "captioning":
-            shown = _image(story.flawed, side, _shown(rng, story.flawed, side), need_vit=True)
+            shown = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
             return [_assistant(shown), _user(language.WHAT_IS_WHERE),
                     _assistant(_text(language.caption(None, story.flawed)))]
         case "reading":
@@ -210,12 +210,12 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
             before = [_user(language.caption(rng, story.flawed))]
         case 2:
             instruction += f" {language.caption(rng, story.right)}"
-    shown = _seen(story.flawed, side, _shown(rng, story.flawed, side))
+    shown = _seen(story.flawed, side, shown(rng, story.flawed, side))
     return [*before, _assistant(shown), _user(instruction), _assistant(_drawn(story.right, side))]
 
 
-def _shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
-    """A picture for the base to look at."""
+def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
+    """A picture of the scene for the base to look at, uint8 [side, side, 3]."""
     picture = render(scene, side=side)
     return sketch(rng, picture) if rng.random() < SKETCHED_SHARE else picture
 

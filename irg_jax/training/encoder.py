@@ -20,14 +20,13 @@ from data_pipelines.batch import Rows
 from data_pipelines.config import ImageTransform
 from data_pipelines.images import grid_position, patchify, resize
 from data_pipelines.shapes.labels import KINDS, MOST, NOTHING, Labels, label
-from data_pipelines.shapes.records import generator
-from data_pipelines.shapes.render import render
+from data_pipelines.shapes.records import generator, shown
 from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import BACKGROUNDS, COLOURS, SHAPES
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import normalize_pixels
-from irg_jax.models.layers import Linear
+from irg_jax.models.layers import Linear, sincos_table
 from irg_jax.models.vision import Connector, VisionEncoder
 from irg_jax.training.fit import FitConfig, Loss, fit
 
@@ -41,7 +40,7 @@ class EncoderConfig(FitConfig):
 
     num_images: int = 20000
     side: int = 64       # pixels of a rendered scene
-    noise: float = 0.7   # deviation added to tokens of deviation 1: what a thing is must not be a faint detail
+    noise: float = 0.5   # deviation added to tokens of deviation 1: what a thing is must not be a faint detail
 
 
 class Examiner(nnx.Module):
@@ -49,6 +48,7 @@ class Examiner(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         width = config.llm.hidden_size
+        self.side = config.vit_max_num_patch_per_side
         self.vit = VisionEncoder(config.vit, config.num_vit_layers, config.vit_max_num_patch_per_side,
                                  rngs=rngs)
         self.connector = Connector(config.vit.hidden_size, width, rngs=rngs)
@@ -59,12 +59,14 @@ class Examiner(nnx.Module):
                  ) -> tuple[list[Float[Array, "B F"]], list[Float[Array, "B V F"]]]:
         """Background, presence and counts of the scene; what is said of each cell, a kind at a time.
 
-        Tokens are normed as the language model's first layer will, then `noise` is added.
+        Tokens are placed and normed as the language model's first layer will, then `noise` is added: tokens so
+        large that their own place drowns in them would be of no use to it.
         """
         batch, count, _ = patches.shape
         same = lambda value: jnp.full((batch, count), value, jnp.int32)
         rows = Rows(same(jnp.arange(count)), same(0), same(0), same(count - 1), same(0).astype(bool), same(0))
         hidden = self.connector(self.vit(patches, jnp.broadcast_to(position, (batch, count)), rows))
+        hidden = hidden + jnp.asarray(sincos_table(self.side, hidden.shape[-1]))[position]
         hidden = hidden * jax.lax.rsqrt(jnp.mean(hidden**2, -1, keepdims=True) + 1e-6) + noise
         split = lambda x, sizes: jnp.split(x, np.cumsum(sizes)[:-1].tolist(), axis=-1)
         return split(self.scene(hidden.mean(1)), SCENE), split(self.cell(hidden), CELL)
@@ -93,11 +95,11 @@ def make_loss(examiner: Functional, position: np.ndarray, *, width: int, noise: 
 
 def make_examples(config: EncoderConfig, transform: ImageTransform, patch: int) -> tuple[np.ndarray, Labels]:
     """Patches uint8 [N V P] and labels of training scenes that no data set holds."""
-    scenes = []
+    scenes, images = [], []
     for index in range(config.num_images):
         rng = generator(config.seed, "encoder", index)
         scenes.append(sample_scene(rng, sample_request(rng, split="train"), split="train"))
-    images = [resize(render(scene, side=config.side), transform) for scene in scenes]
+        images.append(resize(shown(rng, scenes[-1], config.side), transform))
     return np.stack([patchify(image, patch) for image in images]), label(scenes, side=len(images[0]) // patch)
 
 
