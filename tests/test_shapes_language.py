@@ -123,8 +123,8 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
     assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
     analysis, _, need, _, step, _, final = lines
-    assert analysis.startswith("i see red circle at top left; green square at right; striped red circle at bottom left; "
-                               "pale pink background. ")
+    assert analysis.startswith("i see red circle at top left; green square at right; striped red circle "
+                               "at bottom left; pale pink background. ")
     assert analysis.endswith("a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.shapes import language
-from data_pipelines.shapes.flaws import make_flawed
+from data_pipelines.shapes.flaws import Flaw, make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import sample_request, sample_scene
@@ -40,7 +40,8 @@ def test_any_draft_becomes_a_right_scene(seed, things, background):
     result = repair(rng, request, things, background)
     assert not judge(request, result.right.things, result.right.background)
     assert len(result.right.things) == request.num_things and is_training(result.right)
-    assert all(is_free(thing, result.right.things[:i]) for i, thing in enumerate(result.right.things))
+    if result.flaws:
+        assert all(is_free(thing, result.right.things[:i]) for i, thing in enumerate(result.right.things))
     assert (not result.flaws) == (not judge(request, things, background))
     text = language.reflect(rng, request, flaws=result.flaws, flawed=result.draft, right=result.right)
     assert len(text.split()) <= language.MAX_WORDS + 30
@@ -95,6 +96,29 @@ def test_a_relation_that_a_swap_cannot_mend_moves_things():
     request = Request("position", (Group("circle"), Group("star")), "above")
     level = dataclasses.replace(STAR, y=0.3)
     assert set(kinds(run(request, (RED_CIRCLE, level)))) == {"moved"}
+
+
+def test_a_right_draft_stays_where_it_is_however_close_its_things_stand():
+    near = dataclasses.replace(STAR, x=RED_CIRCLE.x, y=RED_CIRCLE.y + (RED_CIRCLE.size + STAR.size) / 2 + 0.01)
+    assert not is_free(near, (RED_CIRCLE,))
+    result = run(PAIR, (RED_CIRCLE, near))
+    assert not result.flaws and result.right.things == (RED_CIRCLE, near)
+
+
+def test_what_has_to_make_room_is_told():
+    """A thing in the middle, so large that no second one fits beside it."""
+    wide = Thing("circle", "red", "plain", 0.5, 0.5, 0.45)
+    request = Request("position", (Group("circle"), Group("star")), "left of")
+    for seed in range(10):
+        result = run(request, (wide,), seed=seed)
+        changed = {"background"} if result.right.background != "white" else set()
+        if language.where(result.right.things[0]) != "middle":
+            changed.add("moved")
+        # Or all of it is removed and drawn afresh.
+        assert changed and set(kinds(result)) in ({"missing"} | changed, {"missing", "extra"})
+    text = language.reflect(np.random.default_rng(0), request, flaws=(Flaw("moved", (wide,), (STAR,)),),
+                            flawed=result.draft, right=result.right)
+    assert "move the red circle at the middle to the bottom right." in text
 
 
 def test_the_background():

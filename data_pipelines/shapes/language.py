@@ -93,8 +93,9 @@ def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw]
             right: Scene) -> str:
     """The look back, in think tags: what is there, what is wrong with it, then the three headed parts.
 
-    The caption comes first, so that the verdict can be read from it and the prompt alone. Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
-    needed. Without a flaw it says so and asks for the same picture.
+    The caption comes first: the verdict can be read from it and the prompt alone. Of several flaws
+    the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be needed. Without a
+    flaw it says so and asks for the same picture.
     """
     remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
@@ -209,8 +210,10 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
                     f"the {one} must be {request.relation} the {other}",
                     f"swap {at[0]} with {at[1]}")
         case "moved":
-            one, other = (group.shape for group in request.groups)
-            return (f"the {seen[0]} is in the wrong place", f"the {one} must be {request.relation} the {other}",
+            need = "there must be room for all things"
+            if request.relation:
+                need = f"the {request.groups[0].shape} must be {request.relation} the {request.groups[1].shape}"
+            return (f"the {seen[0]} is in the wrong place", need,
                     f"move {at[0]} to the {where(flaw.wanted[0])}")
         case "shape":
             return (f"there is a {seen[0]} that should be a {wanted[0]}",

@@ -176,8 +176,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             return [_user(story.prompt), _assistant(_drawn(story.right, side))]
         case "understanding":
             asked = language.questions(rng, story.flawed, NUM_QUESTIONS)
-            shown = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
-            return [_assistant(shown), *_answered(asked)]
+            image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
+            return [_assistant(image), *_answered(asked)]
         case "description":
             thought = language.tagged(language.describe(rng, story.right))
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
@@ -187,8 +187,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "captioned":
             return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
         case "captioning":
-            shown = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
-            return [_assistant(shown), _user(language.WHAT_IS_WHERE),
+            image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
+            return [_assistant(image), _user(language.WHAT_IS_WHERE),
                     _assistant(_text(language.caption(None, story.flawed)))]
         case "reading":
             told, asked = read_caption(rng, story.right)
@@ -210,8 +210,8 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
             before = [_user(language.caption(rng, story.flawed))]
         case 2:
             instruction += f" {language.caption(rng, story.right)}"
-    shown = _seen(story.flawed, side, shown(rng, story.flawed, side))
-    return [*before, _assistant(shown), _user(instruction), _assistant(_drawn(story.right, side))]
+    image = _seen(story.flawed, side, shown(rng, story.flawed, side))
+    return [*before, _assistant(image), _user(instruction), _assistant(_drawn(story.right, side))]
 
 
 def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 
 from data_pipelines.shapes.flaws import Flaw
 from data_pipelines.shapes.judge import Sighting, judge
+from data_pipelines.shapes.language import where
 from data_pipelines.shapes.sample import draw_size, pick, place, sample_scene
 from data_pipelines.shapes.scene import (
     BACKGROUNDS,
@@ -48,9 +49,16 @@ class Repair:
 
 
 def repair(rng: np.random.Generator, request: Request, seen: Sequence[Sighting], background: str) -> Repair:
-    """The nearest scene that may be trained on, fulfils the request and shows nothing else."""
+    """The nearest scene that may be trained on, fulfils the request and shows nothing else.
+
+    That of a right draft is the draft itself, even where things stand closer together than scenes are made.
+    """
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
+    same = Scene(request.category, tuple(map(_inside, things)), background)
+    if (len(things) == request.num_things and is_training(same)
+            and not any(judge(request, scene.things, background) for scene in (draft, same))):
+        return Repair(draft, same, ())
     slots = [group for group in request.groups for _ in range(group.count)]
     pairs = _pair(slots, things)
     for attempt in range(TRIES):
@@ -120,9 +128,14 @@ def _wanted(rng: np.random.Generator, slot: Group, drawn: Thing | None, num_thin
     if not has_size(slot.size, drawn.size) or rng.random() < freedom:
         size = draw_size(rng, slot.size, num_things=num_things)
     colour = slot.colour or (pick(rng, COLOURS) if rng.random() < freedom else drawn.colour)
-    reach = size / 2 + BORDER
-    x, y = (round(float(np.clip(at, reach, 1 - reach)), 3) for at in (drawn.x, drawn.y))
-    return Thing(slot.shape, colour, slot.texture or drawn.texture, x, y, round(size, 3))
+    return _inside(Thing(slot.shape, colour, slot.texture or drawn.texture, drawn.x, drawn.y, size))
+
+
+def _inside(thing: Thing) -> Thing:
+    """The thing, moved so far as it would cross the picture's border."""
+    reach = thing.size / 2 + BORDER
+    x, y = (round(float(np.clip(at, reach, 1 - reach)), 3) for at in (thing.x, thing.y))
+    return dataclasses.replace(thing, x=x, y=y, size=round(thing.size, 3))
 
 
 def _list_flaws(request: Request, draft: Scene, right: Scene, pairs: Sequence[int | None]) -> tuple[Flaw, ...]:
@@ -143,7 +156,11 @@ def _list_flaws(request: Request, draft: Scene, right: Scene, pairs: Sequence[in
             ("texture", slot.texture not in (None, seen.texture)),
             ("size", not has_size(slot.size, seen.size))) if is_wrong]
     flaws += _misplaced(request, paired) if len(paired) == len(slots) else []
-    if request.background not in (None, draft.background):
+    # What had to make room, or to change so that the scene may be trained on, is told too.
+    told = [thing for flaw in flaws if flaw.kind in ("place", "moved") for thing in flaw.seen]
+    flaws += [Flaw("moved", (seen,), (wanted,)) for seen, wanted in paired
+              if seen not in told and not _is_near(seen, wanted) and where(seen) != where(wanted)]
+    if right.background != draft.background:
         flaws.append(Flaw("background"))
     # The judge may object where a repair cannot say why, for example to a thing counted twice.
     return tuple(flaws) or (Flaw("missing", wanted=right.things),)
