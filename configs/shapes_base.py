@@ -13,7 +13,9 @@ The weights in assets/shapes_base went a longer way while the recipe was found. 
 a cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder
 that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
-and captions, and 4,200 with the weights below. Expected there: EXPECTED
+and captions, and 4,200 with the weights below. Expected there: 85 % of
+questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 38 % are drawn
+right, 36 % after thinking (`bash launch/local.sh`).
 """
 
 import ml_collections

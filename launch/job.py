@@ -60,14 +60,14 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
         Step("data", (4, 12), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),
-        Step("moments", (10, 31), command(
+        Step("moments", (10, 35), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
             " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
-        Step("stage1", (33, 265), (*command(
+        Step("stage1", (33, 290), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"
             " --config.data.moments={out}/moments"), *train_seeded)),
-        Step("stage2", (30, 620), (*command(
+        Step("stage2", (30, 720), (*command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
             " --config.data.source={out}/data --config.data.moments={out}/moments"), *train_seeded)),
         Step("generate", (20, 17), (*command(
