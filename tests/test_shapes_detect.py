@@ -1,10 +1,12 @@
 """The detector against rendered truth, wrong pictures, and pictures that are not clean."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipelines.shapes.detect import detect, detect_background
+from data_pipelines.shapes.detect import count_blobs, detect, detect_background
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
@@ -101,3 +103,11 @@ def test_a_reason_says_what_was_seen():
         "expected 3 stars, saw 2",)
     assert score(Request("colors", (Group("star", colour="red"),)), image).reasons == (
         "expected 1 red star, saw only blue ones",)
+
+
+def test_two_things_that_run_into_each_other_are_a_blob():
+    things = (Thing("star", "red", "plain", 0.35, 0.5, 0.36), Thing("cross", "red", "plain", 0.62, 0.5, 0.36))
+    apart = tuple(dataclasses.replace(thing, x=x) for thing, x in zip(things, (0.25, 0.75)))
+    image = lambda things: render(Scene("two_object", things, "white"), side=64)
+    assert (count_blobs(image(apart)), len(detect(image(apart)))) == (0, 2)
+    assert count_blobs(image(things)) == 1 and not detect(image(things))

@@ -121,6 +121,17 @@ def test_what_has_to_make_room_is_told():
     assert "move the red circle at the middle to the bottom right." in text
 
 
+def test_a_wrong_draft_with_blobs_is_drawn_afresh_as_its_text_says():
+    result = repair(np.random.default_rng(0), PAIR, (RED_CIRCLE,), "white", num_blobs=1)
+    assert kinds(result) == ["blob"] and not judge(PAIR, result.right.things, result.right.background)
+    text = language.reflect(np.random.default_rng(0), PAIR, flaws=result.flaws, flawed=result.draft,
+                            right=result.right)
+    assert "shapes run into each other" in text and "keep" not in text and "rest" not in text
+    for thing in result.right.things:
+        assert f"{thing.colour} {thing.shape} at {language.where(thing)}" in text.partition("clear the")[2]
+    assert not repair(np.random.default_rng(0), PAIR, (RED_CIRCLE, STAR), "white", num_blobs=1).flaws
+
+
 def test_the_background():
     request = dataclasses.replace(PAIR, background="pale blue")
     result = run(request, (RED_CIRCLE, STAR), background="grey")

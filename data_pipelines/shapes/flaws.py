@@ -18,7 +18,8 @@ class Flaw:
     """What went wrong: `seen` is only in the flawed picture, `wanted` only in the right one.
 
     kind: "missing" (nothing seen), "extra" (nothing wanted), "shape", "colour", "size", "texture",
-    "moved" (one each), "place" (two each, which have changed places), or "background" (neither).
+    "moved" (one each), "place" (two each, which have changed places), "background" (neither), or "blob" (all
+    things wanted: what is there is no thing, and all is drawn afresh).
     """
 
     kind: str

@@ -100,7 +100,9 @@ def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw]
     remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
                          "look again:")) if flaws else "looking again,"
-    keep = pick(rng, ("keep all the rest.", "keep everything else.", "leave the rest."))
+    keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
+    if any(flaw.kind == "blob" for flaw in flaws):
+        keep = ""
     text = _four_parts(remedies, opening, keep, final=_ask(None, request))
     if len(text.split()) > MAX_WORDS:
         text = _four_parts(remedies[:1], opening, keep, final=_ask(None, request))
@@ -114,7 +116,7 @@ def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: st
     problem, need, step = (f"{separator} ".join(parts)
                            for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     first, second, third = HEADINGS
-    return f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}. {keep}\n{third}\n{final}"
+    return f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}.{keep}\n{third}\n{final}"
 
 
 def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
@@ -188,6 +190,9 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
     seen, wanted = [thing.shape for thing in flaw.seen], [thing.shape for thing in flaw.wanted]
     at = [f"the {_name(thing)} at the {where(thing)}" for thing in flaw.seen]
     match flaw.kind:
+        case "blob":
+            return ("shapes run into each other", "all things must stand by themselves",
+                    f"clear the picture and draw {'; '.join(_placed(right))}")
         case "missing":
             goals = " and ".join(f"{_counted(1, thing.colour, thing.shape)} at the {where(thing)}"
                                  for thing in flaw.wanted)

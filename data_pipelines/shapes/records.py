@@ -137,7 +137,7 @@ def _sample_story(rng: np.random.Generator, split: str) -> Story:
 
 def _draft_story(rng: np.random.Generator, seen: SeenDraft) -> Story:
     draft = seen.draft
-    repaired = repair(rng, draft.request, seen.things, seen.background)
+    repaired = repair(rng, draft.request, seen.things, seen.background, num_blobs=seen.num_blobs)
     return Story(draft.request, draft.prompt, repaired.right, repaired.draft, repaired.flaws, draft.image)
 
 

@@ -48,10 +48,12 @@ class Repair:
     flaws: tuple[Flaw, ...]   # none: the draft fulfils the request, and `right` is it, drawn cleanly
 
 
-def repair(rng: np.random.Generator, request: Request, seen: Sequence[Sighting], background: str) -> Repair:
+def repair(rng: np.random.Generator, request: Request, seen: Sequence[Sighting], background: str, *,
+           num_blobs: int = 0) -> Repair:
     """The nearest scene that may be trained on, fulfils the request and shows nothing else.
 
-    That of a right draft is the draft itself, even where things stand closer together than scenes are made.
+    That of a right draft is the draft itself, even where things stand closer together than scenes are made. A
+    wrong one with blobs, which are no things, is drawn afresh: nothing said of its things would mend it.
     """
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
@@ -59,6 +61,9 @@ def repair(rng: np.random.Generator, request: Request, seen: Sequence[Sighting],
     if (len(things) == request.num_things and is_training(same)
             and not any(judge(request, scene.things, background) for scene in (draft, same))):
         return Repair(draft, same, ())
+    if num_blobs and judge(request, things, background):
+        right = sample_scene(rng, request, split="train")
+        return Repair(draft, right, (Flaw("blob", wanted=right.things),))
     slots = [group for group in request.groups for _ in range(group.count)]
     pairs = _pair(slots, things)
     for attempt in range(TRIES):
