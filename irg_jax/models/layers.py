@@ -32,7 +32,8 @@ def constant(shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
     """x kernel. The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T.
 
-    On CPUs the latter writes all of dy once more, transposed: a third of the miniature's step.
+    On CPUs the latter writes all of dy once more, transposed: once a quarter of the miniature's step
+    (docs/performance.md).
     """
     return x @ kernel
 
