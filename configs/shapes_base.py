@@ -20,8 +20,8 @@ right, 36 % after thinking (`bash launch/local.sh`).
 
 import ml_collections
 
-# Kept as they were trained by themselves: what the language model does not use yet, it lets decay, and places
-# were gone (linear heads named 56 % of them, 94 % after the encoder's own training) before it could read them.
+# Kept as they were trained by themselves. Trained on with the network they had lost places before it could read
+# them: linear heads named 56 % under noise, 94 % after the encoder's own training (docs/log.md, 2026-11-25).
 EYES = ("vit", "connector")
 
 

@@ -5,8 +5,10 @@
 
 Expected (two CPU cores): see the table in README.md. `configs/shapes_stage1.py:quick` is cut short.
 Groups, weights and dropout of images are the paper's; rate, schedule, budgets and dropout of texts (for
-guidance, as BAGEL has it) are the miniature's. No group is mandatory: a pack that holds one record of each of
-four is so long that attention, which is dense here, costs more than all the rest.
+guidance, as BAGEL has it) are the miniature's, and so is an encoder that stays frozen in both stages: what it
+knows of places is easily lost (configs/shapes_base.py); the original trains it. No group is mandatory: a pack
+that holds one record of each of four is so long that attention, which is dense here, costs more than all the
+rest.
 """
 
 import ml_collections

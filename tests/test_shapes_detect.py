@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_pipelines.shapes.detect import count_blobs, detect, detect_background
+from data_pipelines.shapes.detect import detect, detect_background, survey
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
@@ -109,5 +109,6 @@ def test_two_things_that_run_into_each_other_are_a_blob():
     things = (Thing("star", "red", "plain", 0.35, 0.5, 0.36), Thing("cross", "red", "plain", 0.62, 0.5, 0.36))
     apart = tuple(dataclasses.replace(thing, x=x) for thing, x in zip(things, (0.25, 0.75)))
     image = lambda things: render(Scene("two_object", things, "white"), side=64)
-    assert (count_blobs(image(apart)), len(detect(image(apart)))) == (0, 2)
-    assert count_blobs(image(things)) == 1 and not detect(image(things))
+    seen, num_blobs = survey(image(apart))
+    assert num_blobs == 0 and seen == detect(image(apart)) and len(seen) == 2
+    assert survey(image(things)) == ([], 1)

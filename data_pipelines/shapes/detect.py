@@ -44,23 +44,20 @@ class Detection:
 
 def detect(image: np.ndarray) -> list[Detection]:
     """The things in a square picture uint8 [H, H, 3], from top to bottom."""
-    return sorted((thing for thing in _regions(image) if thing.overlap >= LEAST_OVERLAP),
-                  key=lambda thing: (thing.y, thing.x))
+    return survey(image)[0]
 
 
-def count_blobs(image: np.ndarray) -> int:
-    """How many regions of a picture uint8 [H, H, 3] are no thing: `detect` leaves them out."""
-    return sum(thing.overlap < LEAST_OVERLAP for thing in _regions(image))
-
-
-def _regions(image: np.ndarray) -> list[Detection]:
-    """Everything that is not background, each as the thing that it resembles most."""
+def survey(image: np.ndarray) -> tuple[list[Detection], int]:
+    """The things of `detect`, and the number of blobs: regions that are no thing, and that it leaves out."""
     lab = _smooth_lab(image)
     distance = np.linalg.norm(lab - _border_value(lab), axis=-1)
     labels = measure.label(distance > UNLIKE, connectivity=1)
     smallest = (SMALLEST * len(image)) ** 2
-    return [_describe(labels, region, lab, distance) for region in measure.regionprops(labels)
-            if region.area >= smallest]
+    found = [_describe(labels, region, lab, distance) for region in measure.regionprops(labels)
+             if region.area >= smallest]
+    things = sorted((thing for thing in found if thing.overlap >= LEAST_OVERLAP),
+                    key=lambda thing: (thing.y, thing.x))
+    return things, len(found) - len(things)
 
 
 def detect_background(image: np.ndarray) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data_pipelines.digests import MANIFEST, file_sha256, write_json
 from data_pipelines.images import decode_image
 from data_pipelines.shapes import language
-from data_pipelines.shapes.detect import Detection, count_blobs, detect, detect_background
+from data_pipelines.shapes.detect import Detection, detect_background, survey
 from data_pipelines.shapes.sample import sample_request
 from data_pipelines.shapes.scene import Request, Scene
 from data_pipelines.shapes.split import is_training
@@ -107,9 +107,10 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
 
 def look_at(drafts: Sequence[Draft]) -> list[SeenDraft]:
     """What the detector sees in each, without those that show a held-out combination."""
-    seen = [SeenDraft(draft, tuple(detect(draft.image)), detect_background(draft.image),
-                      count_blobs(draft.image))
-            for draft in tqdm(drafts, "critic", unit="draft", disable=None)]
+    seen = []
+    for draft in tqdm(drafts, "critic", unit="draft", disable=None):
+        things, num_blobs = survey(draft.image)
+        seen.append(SeenDraft(draft, tuple(things), detect_background(draft.image), num_blobs))
     return [one for one in seen if is_training(Scene(one.draft.request.category, one.things, one.background))]
 
 
