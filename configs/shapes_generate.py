@@ -34,7 +34,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             "cfg_renorm_type": "text_channel",
             "cfg_renorm_min": 0.0,
         },
-        "text": {"max_length": 160, "temperature": 0.3, "do_sample": True},
+        "text": {"max_length": 192, "temperature": 0.3, "do_sample": True},
         "height": 64,
         "width": 64,
         "num_turns": 2,

@@ -1,4 +1,4 @@
-"""Makes the miniature's base: data, tokenizer, autoencoder, then a network that draws, sees and reads.
+"""Makes the miniature's base: data, tokenizer, autoencoder, then a network that draws, sees, reads and edits.
 
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
@@ -28,10 +28,22 @@ from irg_jax.config import TrainConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.drafting import make_drafts
 from irg_jax.training.autoencoder import AutoencoderConfig, measure_latents, train_autoencoder
 from irg_jax.training.encoder import EncoderConfig, train_encoder
 from irg_jax.training.loop import train
 from irg_jax.training.moments import compute_moments
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftsConfig:
+    """Pictures that the model draws of captions, to edit them in its last stage."""
+
+    config: str                # how to draw
+    data_config: str           # the data set that is built with them
+    num: int
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +62,9 @@ class BaseConfig:
     encoder: EncoderConfig
     see: TrainConfig           # from the first with the trained vision encoder: captions and questions too
     read: TrainConfig          # text alone
-    train: TrainConfig         # all of it; the base is this stage's EMA
+    train: TrainConfig         # all of it
+    drafts: DraftsConfig
+    mend: TrainConfig          # its own drafts as well; the base is this stage's EMA
 
     def model(self, vae: VAEConfig, vocab_size: int) -> ModelConfig:
         return ModelConfig(LLMConfig(vocab_size=vocab_size, **self.llm), ViTConfig(**self.vit), vae,
@@ -108,6 +122,18 @@ def give_eyes(config: BaseConfig, drawn: pathlib.Path, workdir: pathlib.Path) ->
     save_model(workdir / "seeing", dataclasses.replace(model, params=params))
 
 
+def draw_own(config: BaseConfig, drawer: pathlib.Path, workdir: pathlib.Path) -> None:
+    """What the last stage learns from: drafts of the stage before, and records that start from them."""
+    drafts, out = config.drafts, workdir / "drafts"
+    make_drafts(str(drawer), from_config_dict(SamplingConfig, load_config(drafts.config)), drafts.num,
+                seed=drafts.seed, out=out)
+    data = from_config_dict(BuildConfig, load_config(drafts.data_config))
+    build(dataclasses.replace(data, drafts=str(out)), out=workdir / "own_data")
+    stage = below(workdir, config.mend)
+    compute_moments(stage.data, load_model(drawer), pathlib.Path(stage.data.moments), dtype=stage.dtype,
+                    batch_size=64)
+
+
 def below(workdir: pathlib.Path, stage: TrainConfig) -> TrainConfig:
     """The stage with its paths made those of the run."""
     data = dataclasses.replace(stage.data, source=str(workdir / stage.data.source),
@@ -119,7 +145,7 @@ def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
     prepare(config, workdir)
     stages = [below(workdir, stage) for stage in (config.draw, config.see, config.read, config.train)]
-    draw, last = stages[0], stages[-1]
+    draw, last = stages[0], below(workdir, config.mend)
     if not (workdir / draw.stage / "model.json").exists():
         groups = {group.name: group for stage in stages for group in stage.data.groups}
         data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
@@ -130,6 +156,9 @@ def main(values) -> None:
             return
         if stage is draw:
             give_eyes(config, workdir / draw.stage, workdir)
+    draw_own(config, workdir / stages[-1].stage, workdir)
+    if train(last, workdir) < last.total_steps:
+        return
     export_folder(load_model(workdir / last.stage), values.out, dtype="bfloat16")
     print(f"wrote {values.out}")
 

@@ -56,7 +56,7 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
         Step("drafts", (20, 75), (*command(
             f"-m irg_jax.draft --config {config('shapes_generate')} --checkpoint {{out}}/base"
-            " --out {out}/drafts --num"), "48" if size == "quick" else "2000", *seeded)),
+            " --out {out}/drafts --num"), "48" if size == "quick" else "2500", *seeded)),
         Step("data", (4, 12), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),

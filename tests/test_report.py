@@ -139,7 +139,7 @@ def test_page_shows_the_numbers_of_the_report(run):
     source = (run / "report.html").read_text(encoding="utf-8")
     for system in SYSTEMS:
         assert f"<b>{written[system]['overall']:.2f}</b>" in source
-    counts = re.findall(r"<b>(\d+)</b>(Turn 2 fixes|Turn 2 breaks|Both right|Both wrong)", source)
+    counts = re.findall(r"<b>(\d+)</b>(Best: turn 2 fixes|Worst: turn 2 breaks|Both right|Both wrong)", source)
     assert [int(count) for count, _ in counts] == list(written["outcomes"].values())
     assert source.count("<article>") == sum(min(8, count) for count in written["outcomes"].values())
 

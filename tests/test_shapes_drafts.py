@@ -5,6 +5,8 @@ import io
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -14,20 +16,19 @@ from data_pipelines.shapes.build import build
 from data_pipelines.shapes.drafts import (
     Draft,
     SeenDraft,
-    draft_request,
     finish,
     look_at,
+    order_draft,
     read_drafts,
     write_part,
 )
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.records import MODES, generator, record
 from data_pipelines.shapes.render import render
-from data_pipelines.shapes.sample import sample_scene
 from data_pipelines.shapes.scene import Group, Request, Scene, Thing
 from data_pipelines.shapes.score import score
 from data_pipelines.sources import ParquetRows
-from irg_jax import draft as command
+from irg_jax.sampling import drafting
 from irg_jax.sampling.trajectory import Turn
 
 HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), "white")
@@ -36,9 +37,8 @@ HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), 
 def draw(index: int) -> Draft:
     """A picture with one flaw, as a base model might draw it."""
     rng = generator(3, "draft", index)
-    prompt, request = draft_request(rng)
-    right = sample_scene(rng, request, split="train")
-    return Draft(prompt, request, "a thought.", render(make_flawed(rng, request, right, split="train")[0]))
+    prompt, request, planned, _ = order_draft(rng)
+    return Draft(prompt, request, planned, render(make_flawed(rng, request, planned, split="train")[0]))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,9 @@ def test_an_improving_record_starts_from_its_draft(mode, drafts):
         first, *rest = pictures(turns)
         np.testing.assert_array_equal(first, one.draft.image)
         assert turns[1]["content"] == one.draft.prompt
+        if mode != "improving_thinking_understanding":
+            plan = turns[2]["content"][0]["content"]
+            assert all(f"{thing.colour} {thing.shape}" in plan for thing in one.draft.planned.things)
         assert all(score(one.draft.request, image).correct for image in rest)
 
 
@@ -95,9 +98,18 @@ def test_initial_records_do_not_see_drafts(drafts):
             == record("initial_full", generator(0, "x", 0)))
 
 
+def test_a_plan_that_is_none_is_named(folder):
+    table = pyarrow.parquet.read_table(folder / "0001.parquet").to_pylist()
+    table[2]["planned"] = table[2]["planned"].replace('"x": 0', '"x": 7')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "0001.parquet")
+    finish(folder)
+    with pytest.raises(ValueError, match=r"0001.parquet row 2: scene.things\[0\].x is 7"):
+        read_drafts(folder)
+
+
 def test_drafts_that_show_what_is_held_out_are_left_out(drafts):
     request = Request("single_object", (Group("circle"),))
-    shown = Draft("a circle", request, "", render(HELD_OUT))
+    shown = Draft("a circle", request, HELD_OUT, render(HELD_OUT))
     assert [one.draft for one in look_at([drafts[0], shown])] == [drafts[0]]
 
 
@@ -124,23 +136,22 @@ class Drawer:
     def __init__(self):
         self.asked = []
 
-    def trajectories(self, prompts, *, seeds, num_turns):
-        assert num_turns == 1
+    def text_to_image(self, prompts, *, seeds):
+        assert all(prompt.endswith("background.") for prompt in prompts)
         self.asked.append((tuple(prompts), tuple(seeds)))
-        return [(Turn(f"thought about {prompt}", np.full((64, 64, 3), seed % 256, np.uint8)),)
-                for prompt, seed in zip(prompts, seeds)]
+        return [Turn("", np.full((64, 64, 3), seed % 256, np.uint8)) for seed in seeds]
 
 
 def test_the_command_draws_every_prompt_once_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "PER_FILE", 4)
+    monkeypatch.setattr(drafting, "PER_FILE", 4)
     whole, half = Drawer(), Drawer()
     for folder in ("whole", "half"):
-        command.claim(tmp_path / folder, {"num": 10})
-    command.draw_drafts(whole, 10, seed=1, batch_size=3, out=tmp_path / "whole")
-    command.draw_drafts(half, 10, seed=1, batch_size=3, out=tmp_path / "half")
+        drafting.claim(tmp_path / folder, {"num": 10})
+    drafting.draw_drafts(whole, 10, seed=1, batch_size=3, out=tmp_path / "whole")
+    drafting.draw_drafts(half, 10, seed=1, batch_size=3, out=tmp_path / "half")
     (tmp_path / "half" / "0001.parquet").unlink()
     again = Drawer()
-    command.draw_drafts(again, 10, seed=1, batch_size=3, out=tmp_path / "half")
+    drafting.draw_drafts(again, 10, seed=1, batch_size=3, out=tmp_path / "half")
     assert len(again.asked) == 2 and set(again.asked) <= set(whole.asked)
     for folder in ("whole", "half"):
         finish(tmp_path / folder)
@@ -150,11 +161,11 @@ def test_the_command_draws_every_prompt_once_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_another_folder_is_not_drawn_into(tmp_path):
-    command.claim(tmp_path / "a", {"num": 1})
-    command.claim(tmp_path / "a", {"num": 1})
+    drafting.claim(tmp_path / "a", {"num": 1})
+    drafting.claim(tmp_path / "a", {"num": 1})
     with pytest.raises(ValueError, match="other drafts"):
-        command.claim(tmp_path / "a", {"num": 2})
+        drafting.claim(tmp_path / "a", {"num": 2})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="something else than drafts"):
-        command.claim(tmp_path / "b", {"num": 1})
+        drafting.claim(tmp_path / "b", {"num": 1})

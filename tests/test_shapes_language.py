@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.shapes import language
-from data_pipelines.shapes.flaws import Flaw, make_flawed
+from data_pipelines.shapes.flaws import Flaw, Repair, make_flawed
+from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, COLOURS, SHAPES, Group, Request, Scene, Thing
 
@@ -42,9 +43,9 @@ def texts(stories):
         "think": [language.think(rng, request, scene) for rng, request, scene, *_ in stories],
         "caption": [language.caption(rng, scene) for rng, _, scene, *_ in stories],
         "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
-        "reflect": [language.reflect(rng, request, flaws=(flaw,), flawed=flawed, right=scene)
-                    for rng, request, scene, flawed, flaw in stories],
-        "praise": [language.reflect(rng, request, flaws=(), flawed=scene, right=scene)
+        "reflect": [language.reflect(rng, request, repair(request, scene, flawed.things, flawed.background))
+                    for rng, request, scene, flawed, _ in stories],
+        "praise": [language.reflect(rng, request, Repair(scene, scene, (), scene.things))
                    for rng, request, scene, *_ in stories],
         "question": [text for rng, _, scene, *_ in stories
                      for text in language.question(rng, scene)],
@@ -54,7 +55,7 @@ def texts(stories):
 
 
 @pytest.mark.parametrize("kind, most", [
-    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 90), ("praise", 90), ("prompt", 30)])
+    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 110), ("praise", 70), ("prompt", 30)])
 def test_texts_keep_to_their_budget(texts, kind, most):
     assert max(num_words(text) for text in texts[kind]) <= most
     assert num_words(language.SYSTEM_PROMPT) <= 16
@@ -116,19 +117,20 @@ def test_a_description_counts():
 
 def test_a_reflection_names_the_flaw_and_the_fix():
     green = Thing("square", "green", "plain", 0.8, 0.5, 0.4)
-    text = language.reflect(
-        np.random.default_rng(0), REQUEST, flaws=(Flaw("colour", (green,), (SQUARE,)),),
-        flawed=Scene("position", (*RED_CIRCLES, green), "pale pink"), right=SCENE)
+    draft = Scene("position", (*RED_CIRCLES, green), "pale pink")
+    flaw = Flaw("colour", (green,), (SQUARE,))
+    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, (flaw,), draft.things))
     assert text.startswith("<think>") and text.endswith("</think>")
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
     assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
     analysis, _, need, _, step, _, final = lines
-    assert analysis.startswith("i see red circle at top left; green square at right; striped red circle "
-                               "at bottom left; pale pink background. ")
-    assert analysis.endswith("a square is green.")
+    assert analysis == (
+        "i see red circle at top left; striped red circle at bottom left; green square at right, not blue; "
+        "pale pink background. looking again, there is a flaw: a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")
-    assert final == "two red circles left of a blue square on a pale pink background."
+    assert final == ("red circle at top left; striped red circle at bottom left; blue square at right; "
+                     "pale pink background.")
 
 
 @pytest.mark.parametrize("flaw, step", [
@@ -145,9 +147,25 @@ def test_a_reflection_names_the_flaw_and_the_fix():
 ])
 def test_the_step_of_each_flaw(flaw, step):
     flawed = Scene("position", SCENE.things, "white")
-    text = language.reflect(np.random.default_rng(0), REQUEST, flaws=(flaw,), flawed=flawed,
-                            right=SCENE)
+    seen = tuple(next((one for one, wanted in zip(flaw.seen, flaw.wanted) if wanted == thing), thing)
+                 for thing in SCENE.things)
+    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(flawed, SCENE, (flaw,), seen))
     assert step in text
+
+
+def test_the_look_back_goes_through_the_plan_and_says_what_is_otherwise():
+    star = Thing("star", "red", "plain", 0.2, 0.2, 0.27)
+    heart = Thing("heart", "pink", "plain", 0.8, 0.1, 0.3)
+    draft = Scene("position", (heart, SQUARE, star), "white")
+    flaws = (Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("extra", seen=(heart,)),
+             Flaw("shape", (star,), RED_CIRCLES[:1]), Flaw("background"))
+    repaired = Repair(draft, SCENE, flaws, (star, None, SQUARE))
+    text = language.reflect(np.random.default_rng(0), REQUEST, repaired)
+    assert text.startswith(
+        "<think>i see red star at top left, not a circle; no red circle; blue square at right; also pink heart "
+        "at top right; white background, not pale pink. looking again, there is a flaw: ")
+    praise = language.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, (), SCENE.things))
+    assert " not " not in praise and "looking again, there is no flaw: " in praise
 
 
 def test_answers_are_true():

@@ -1,8 +1,9 @@
 """Drafts: pictures that the base model drew for training prompts, the first images of improving records.
 
-    DIR/0000.parquet ...   columns prompt, request (JSON), text, image (PNG); written by `irg_jax.draft`
+    DIR/0000.parquet ...   columns prompt, request, planned (JSON), image (PNG); written by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
+Each was drawn after a plan, a scene that would fulfil the request, told as a caption; the record tells it too.
 A critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
 show a held-out combination are left out and counted: no training picture may.
 """
@@ -23,22 +24,22 @@ from data_pipelines.digests import MANIFEST, file_sha256, write_json
 from data_pipelines.images import decode_image
 from data_pipelines.shapes import language
 from data_pipelines.shapes.detect import Detection, detect_background, survey
-from data_pipelines.shapes.sample import sample_request
+from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import Request, Scene
 from data_pipelines.shapes.split import is_training
 
 SCHEMA = pyarrow.schema([("prompt", pyarrow.string()), ("request", pyarrow.string()),
-                         ("text", pyarrow.string()), ("image", pyarrow.binary())])
+                         ("planned", pyarrow.string()), ("image", pyarrow.binary())])
 PER_FILE = 500
 MAX_PIXELS = 2**20
 
 
 class Draft(NamedTuple):
-    """A training prompt, and what the base model thought and drew: uint8 [H, W, 3]."""
+    """A training prompt, the scene that was planned for it, and what the base model drew: uint8 [H, W, 3]."""
 
     prompt: str
     request: Request
-    text: str
+    planned: Scene
     image: np.ndarray
 
 
@@ -51,16 +52,27 @@ class SeenDraft(NamedTuple):
     num_blobs: int = 0
 
 
-def draft_request(rng: np.random.Generator) -> tuple[str, Request]:
-    """A training prompt and what it asks for."""
+class Order(NamedTuple):
+    """A training prompt, what it asks for, a scene that would do, and the caption to draw it from."""
+
+    prompt: str
+    request: Request
+    planned: Scene
+    caption: str
+
+
+def order_draft(rng: np.random.Generator) -> Order:
+    """One order, drawn at random."""
     request = sample_request(rng, split="train")
-    return language.prompt(rng, request), request
+    planned = sample_scene(rng, request, split="train")
+    return Order(language.prompt(rng, request), request, planned, language.caption(rng, planned))
 
 
 def write_part(path: pathlib.Path, drafts: Iterable[Draft]) -> None:
     """One parquet file, whole or absent."""
-    rows = [{"prompt": draft.prompt, "request": json.dumps(draft.request.to_json(), sort_keys=True),
-             "text": draft.text, "image": _to_png(draft.image)} for draft in drafts]
+    to_json = lambda part: json.dumps(part.to_json(), sort_keys=True)
+    rows = [{"prompt": draft.prompt, "request": to_json(draft.request), "planned": to_json(draft.planned),
+             "image": _to_png(draft.image)} for draft in drafts]
     temporary = path.with_name(f".{path.name}.partial")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), temporary,
                                 write_page_checksum=True)
@@ -98,10 +110,11 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
             place = f"{path} row {row}"
             try:
                 request = Request.from_json(json.loads(values["request"]))
+                planned = Scene.from_json(json.loads(values["planned"]))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
             image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
-            drafts.append(Draft(values["prompt"], request, values["text"], image))
+            drafts.append(Draft(values["prompt"], request, planned, image))
     return drafts
 
 

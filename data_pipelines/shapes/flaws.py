@@ -27,6 +27,25 @@ class Flaw:
     wanted: tuple[Thing, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """A first picture as it was seen, the scene it should have been, and what lies between them.
+
+    `seen` has for each planned thing the one that was drawn for it, None if there is none. Without flaws the
+    first picture fulfils the request, and `right` is it, drawn cleanly.
+    """
+
+    draft: Scene
+    right: Scene
+    flaws: tuple[Flaw, ...]
+    seen: tuple[Thing | None, ...]
+
+    @property
+    def extra(self) -> tuple[Thing, ...]:
+        """What was drawn beside what was planned."""
+        return tuple(thing for thing in self.draft.things if thing not in self.seen)
+
+
 def make_flawed(
     rng: np.random.Generator, request: Request, scene: Scene, *, split: str
 ) -> tuple[Scene, Flaw]:

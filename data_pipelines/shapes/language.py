@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.shapes.flaws import Flaw
+from data_pipelines.shapes.flaws import Flaw, Repair
 from data_pipelines.shapes.sample import pick
 from data_pipelines.shapes.scene import COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural
 from data_pipelines.shapes.split import is_training
@@ -19,16 +19,16 @@ HOW_TO_THINK = "how should one think about the prompt before drawing this pictur
 HOW_TO_IMPROVE = "how should one improve the first picture to get the second one?"
 
 WHAT_IS_WHERE = "what is where?"
+REDRAW = "clear the picture and draw all anew"
 
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
 PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
-MAX_SEEN = 4         # things told in a reflection before anything is said of them
-MAX_REFLECTION = 60  # words after these; where they allow it, the final prompt also names the background
 MAX_TOLD = 2         # flaws named in a reflection
-MAX_WORDS = 90       # of a reflection after what is seen; one flaw always fits
+MAX_WORDS = 110      # of a reflection; one flaw always fits
 MAX_REMOVED = 2      # things named that are too many
+MAX_DRAWN = 2        # things added to a picture; with more it is drawn afresh
 
 OPENINGS = (
     "{}", "{}", "just {}", "a photo of {}", "a picture of {}", "an image of {}", "a drawing of {}",
@@ -52,7 +52,7 @@ BACKGROUND_WORDS = ("{} on a {} background", "{} with a {} background", "{}, on 
 
 def prompt(rng: np.random.Generator, request: Request) -> str:
     """What a user might type for the request."""
-    text = pick(rng, OPENINGS).format(_ask(rng, request))
+    text = pick(rng, OPENINGS).format(ask(rng, request))
     if not request.background:
         return text
     if text.endswith("?"):
@@ -89,30 +89,59 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
     return f"{text}."
 
 
-def reflect(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
-            right: Scene) -> str:
+def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     """The look back, in think tags: what is there, what is wrong with it, then the three headed parts.
 
-    The caption comes first: the verdict can be read from it and the prompt alone. Of several flaws
-    the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be needed. Without a
-    flaw it says so and asks for the same picture.
+    It goes through the plan thing by thing and says at once what is otherwise, so that the verdict can be
+    read from it. Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS
+    words would be needed; the final prompt tells all of the right scene, or what was asked for if it is there.
     """
-    remedies = [_remedy(request, flaw, flawed, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
-    opening = pick(rng, ("looking again,", "almost right, but", "i see a flaw:",
-                         "look again:")) if flaws else "looking again,"
+    flaws, right = repair.flaws, repair.right
+    remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
-    if any(flaw.kind == "blob" for flaw in flaws):
+    if any(step == REDRAW for *_, step in remedies):
         keep = ""
-    text = _four_parts(remedies, opening, keep, final=_ask(None, request))
+    final = "; ".join((*_placed(right), f"{right.background} background")) if flaws else ask(None, request)
+    verdict = f"i see {_looked_over(repair)}. looking again, there is {'a' if flaws else 'no'} flaw:"
+    text = _four_parts(remedies, verdict, keep, final)
     if len(text.split()) > MAX_WORDS:
-        text = _four_parts(remedies[:1], opening, keep, final=_ask(None, request))
-    background = f" on a {right.background} background"
-    fits = len(text.split()) + len(background.split()) <= MAX_REFLECTION
-    seen = dataclasses.replace(flawed, things=flawed.things[:MAX_SEEN])
-    return tagged(f"i see {caption(None, seen)} {text}{background if fits else ''}.")
+        text = _four_parts(remedies[:1], verdict, keep, final)
+    return tagged(f"{text}.")
 
 
-def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, *, final: str) -> str:
+def _looked_over(repair: Repair) -> str:
+    """What is there, in the order of the plan, with what should be there instead."""
+    full = len(repair.seen) <= 2
+    wrong = {seen: (flaw.kind, wanted) for flaw in reversed(repair.flaws)
+             for seen, wanted in zip(flaw.seen, flaw.wanted)}
+    items = []
+    for planned, seen in enumerate(repair.seen):
+        if seen is None:
+            items.append(f"no {_name(repair.right.things[planned])}")
+            continue
+        otherwise = f", not {_instead(*wrong[seen])}" if seen in wrong else ""
+        items.append(f"{_look(seen, full=full)} at {where(seen)}{otherwise}")
+    items += [f"also {_look(thing, full=full)} at {where(thing)}" for thing in repair.extra[:MAX_REMOVED]]
+    is_other = any(flaw.kind == "background" for flaw in repair.flaws)
+    otherwise = f", not {repair.right.background}" if is_other else ""
+    return "; ".join((*items, f"{repair.draft.background} background{otherwise}"))
+
+
+def _instead(kind: str, wanted: Thing) -> str:
+    """What a thing should be, after "not"."""
+    match kind:
+        case "shape":
+            return _counted(1, wanted.shape)
+        case "colour":
+            return wanted.colour
+        case "texture":
+            return wanted.texture
+        case "size":
+            return size_word(wanted) or "so large"
+    return f"at {where(wanted)}"
+
+
+def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, final: str) -> str:
     problem, need, step = (f"{separator} ".join(parts)
                            for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     first, second, third = HEADINGS
@@ -123,7 +152,8 @@ def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw
              right: Scene) -> str:
     """What a user asks of a picture to be edited: how the base model learns to keep most of one."""
     step = _remedy(request, flaws[0], flawed, right)[2] if flaws else _PRAISE[2]
-    return f"{step}{pick(rng, ('', '', ' and keep all the rest'))}."
+    keep = pick(rng, ("", "", " and keep all the rest")) if step != REDRAW else ""
+    return f"{step}{keep}."
 
 
 _PRAISE = ("the image shows all that the prompt asks for", "no change is needed",
@@ -191,8 +221,9 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
     at = [f"the {_name(thing)} at the {where(thing)}" for thing in flaw.seen]
     match flaw.kind:
         case "blob":
-            return ("shapes run into each other", "all things must stand by themselves",
-                    f"clear the picture and draw {'; '.join(_placed(right))}")
+            return "shapes run into each other", "all things must stand by themselves", REDRAW
+        case "missing" if len(wanted) > MAX_DRAWN:
+            return f"{NUMBERS[len(wanted)]} things are missing", "the picture must have all things", REDRAW
         case "missing":
             goals = " and ".join(f"{_counted(1, thing.colour, thing.shape)} at the {where(thing)}"
                                  for thing in flaw.wanted)
@@ -239,7 +270,7 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
     raise ValueError(f"flaw.kind is {flaw.kind!r}: see Flaw for the kinds")
 
 
-def _ask(rng: np.random.Generator | None, request: Request) -> str:
+def ask(rng: np.random.Generator | None, request: Request) -> str:
     """The request as a noun phrase; in its plainest words without an rng."""
     names = [_group(rng, group) for group in request.groups]
     if len(names) == 1:

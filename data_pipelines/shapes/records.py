@@ -14,11 +14,12 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     text_to_image                     prompt, image*
     understanding                     image (ViT only), (question, answer*) x 3
     description                       system, prompt, describe*, image*
-    editing                           [what was asked for,] image1, instruction [and caption], image2*
+    editing                           [prompt, [caption,]] image1, instruction [and caption], image2*
     captioned                         caption, image*
     captioning                        image (ViT only), question, caption*
     reading                           caption, (question, answer*) x 3
     naming                            system, prompt, describe*; both in other words
+    mending                           as editing, image1 being the model's own
 """
 
 import base64
@@ -33,7 +34,8 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shapes import language
-from data_pipelines.shapes.drafts import SeenDraft
+from data_pipelines.shapes.drafts import Draft, SeenDraft
+from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
 from data_pipelines.shapes.reading import NUM_QUESTIONS, name_things, read_caption
 from data_pipelines.shapes.render import render
@@ -51,7 +53,7 @@ MODES = (
     "improving_full",
 )
 BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
-              "naming")
+              "naming", "mending")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -63,17 +65,13 @@ Turn = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Story:
-    """All that one record is told from; without flaws `flawed` is the right scene itself.
-
-    `first` is the picture of `flawed` if a model drew it, uint8 [side, side, 3].
-    """
+    """All that one record is told from; without flaws `flawed` is the right scene itself."""
 
     request: Request
     prompt: str
     right: Scene
     flawed: Scene
     flaws: tuple[Flaw, ...]
-    first: np.ndarray | None = None
 
 
 def record(
@@ -81,19 +79,20 @@ def record(
 ) -> list[Turn]:
     """One conversation of the mode, ready for `json.dumps`.
 
-    With a `draft` an improving mode starts from it; else its first picture is rendered, with a flaw.
+    With a `draft` an improving mode and mending start from it; else the first picture is rendered, with a flaw.
 
     Raises ValueError for a mode that is neither in MODES nor in BASE_MODES, or an unknown split.
     """
     if mode not in MODES + BASE_MODES:
         raise ValueError(f"mode is {mode!r}: choose one of {', '.join(MODES + BASE_MODES)}")
-    story = _draft_story(rng, draft) if draft and mode.startswith("improving") else _sample_story(rng, split)
+    if mode == "mending" or mode.startswith("improving"):
+        draft = draft or _flawed_draft(rng, split, side)
+        return (_mending_turns(rng, draft, side) if mode == "mending"
+                else _improving_turns(mode, rng, draft, side))
+    story = _sample_story(rng, split)
     if mode in BASE_MODES:
         return _base_record(mode, rng, story, side)
-    opening = [_user(language.SYSTEM_PROMPT), _user(story.prompt)]
-    if mode.startswith("initial"):
-        return opening + _initial_turns(mode, rng, story, side)
-    return opening + _improving_turns(mode, rng, story, side)
+    return [*_opening(story.prompt), *_initial_turns(mode, rng, story, side)]
 
 
 def generator(seed: int, mode: str, index: int) -> np.random.Generator:
@@ -135,10 +134,15 @@ def _sample_story(rng: np.random.Generator, split: str) -> Story:
     return Story(request, language.prompt(rng, request), right, flawed, flaws)
 
 
-def _draft_story(rng: np.random.Generator, seen: SeenDraft) -> Story:
-    draft = seen.draft
-    repaired = repair(rng, draft.request, seen.things, seen.background, num_blobs=seen.num_blobs)
-    return Story(draft.request, draft.prompt, repaired.right, repaired.draft, repaired.flaws, draft.image)
+def _flawed_draft(rng: np.random.Generator, split: str, side: int) -> SeenDraft:
+    """A stand-in for a draft: rendered, with one flaw or none."""
+    story = _sample_story(rng, split)
+    draft = Draft(story.prompt, story.request, story.right, render(story.flawed, side=side))
+    return SeenDraft(draft, story.flawed.things, story.flawed.background)
+
+
+def _opening(prompt: str) -> list[Turn]:
+    return [_user(language.SYSTEM_PROMPT), _user(prompt)]
 
 
 def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
@@ -154,19 +158,20 @@ def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int)
     raise AssertionError(mode)
 
 
-def _improving_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    plan = _text(language.think(rng, story.request, story.right), need_loss=False)
-    reflection = _text(language.reflect(
-        rng, story.request, flaws=story.flaws, flawed=story.flawed, right=story.right))
-    first = _seen(story.flawed, side, story.first)
+def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
+    draft = seen.draft
+    repaired = repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
+    plan = _text(language.think(rng, draft.request, draft.planned), need_loss=False)
+    reflection = _text(language.reflect(rng, draft.request, repaired))
+    first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
     match mode:
         case "improving_thinking_understanding":
-            return [_assistant(first, _seen(story.right, side)), _user(language.HOW_TO_IMPROVE),
+            return [*opening, _assistant(first, _seen(repaired.right, side)), _user(language.HOW_TO_IMPROVE),
                     _assistant(reflection)]
         case "improving_thinking_generation":
-            return [_assistant(plan, first, reflection)]
+            return [*opening, _assistant(plan, first, reflection)]
         case "improving_full":
-            return [_assistant(plan, first, reflection, _drawn(story.right, side))]
+            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side))]
     raise AssertionError(mode)
 
 
@@ -200,18 +205,21 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
 
 
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    """A picture and how to change it, by itself or late in a longer conversation."""
-    before, instruction = [], language.instruct(rng, story.request, flaws=story.flaws, flawed=story.flawed,
-                                                right=story.right)
-    match rng.integers(4):
-        case 0:
-            before = [_user(story.prompt)]
-        case 1:
-            before = [_user(language.caption(rng, story.flawed))]
-        case 2:
-            instruction += f" {language.caption(rng, story.right)}"
-    image = _seen(story.flawed, side, shown(rng, story.flawed, side))
-    return [*before, _assistant(image), _user(instruction), _assistant(_drawn(story.right, side))]
+    edit = make_edit(rng, story.request, story.prompt, right=story.right, flawed=story.flawed,
+                     flaws=story.flaws)
+    return _tell(edit, shown(rng, edit.first, side), side)
+
+
+def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
+    """As `_edit_turns`, of a picture that the model drew itself."""
+    draft = seen.draft
+    drawn = repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
+    return _tell(edit_draft(rng, draft.request, draft.prompt, draft.planned, drawn), draft.image, side)
+
+
+def _tell(edit: Edit, picture: np.ndarray, side: int) -> list[Turn]:
+    return [*map(_user, edit.said), _assistant(_seen(edit.first, side, picture)), _user(edit.instruction),
+            _assistant(_drawn(edit.right, side))]
 
 
 def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:

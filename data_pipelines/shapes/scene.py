@@ -54,6 +54,22 @@ class Scene:
     things: tuple[Thing, ...]
     background: str
 
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary for `json.dumps`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Scene":
+        """The inverse of `to_json`. Raises ValueError naming the field and what it may hold."""
+        fields = _checked_fields(data, cls, "scene")
+        _expect(fields.get("category"), CATEGORIES, "scene.category")
+        _expect(fields.get("background"), BACKGROUNDS, "scene.background")
+        rows = fields.get("things")
+        if not isinstance(rows, (list, tuple)):
+            raise ValueError(f"scene.things is {rows!r}: give a list")
+        things = tuple(_thing_from_json(row, f"scene.things[{i}]") for i, row in enumerate(rows))
+        return cls(**{**fields, "things": things})
+
 
 @dataclasses.dataclass(frozen=True)
 class Group:
@@ -148,6 +164,17 @@ def _group_from_json(data: Any, place: str) -> Group:
     _expect(fields.get("size"), (None, *SIZES), f"{place}.size")
     _expect(fields.get("texture"), (None, *TEXTURES), f"{place}.texture")
     return Group(**fields)
+
+
+def _thing_from_json(data: Any, place: str) -> Thing:
+    fields = _checked_fields(data, Thing, place)
+    for name, allowed in (("shape", SHAPES), ("colour", COLOURS), ("texture", TEXTURES)):
+        _expect(fields.get(name), allowed, f"{place}.{name}")
+    for name in ("x", "y", "size"):
+        value = fields.get(name)
+        if type(value) is not float or not 0 <= value <= 1:
+            raise ValueError(f"{place}.{name} is {value!r}: give a fraction of the image side, 0.0 to 1.0")
+    return Thing(**fields)
 
 
 def _checked_fields(data: Any, kind: type, place: str) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""The recipe of the base in one go, far too small to learn anything: every stage runs."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from irg_jax.checkpoints.bagel import import_folder
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RECIPE = '''
+import ml_collections
+from configs import shapes_base, shapes_base_data
+
+def get_config(part="recipe"):
+    if part != "recipe":
+        data = shapes_base_data.get_config(part)
+        data.counts = ml_collections.ConfigDict({name: 24 for name in data.counts})
+        return data
+    config = shapes_base.get_config()
+    config.data_config, config.drafts.data_config = f"{__file__}:all", f"{__file__}:own"
+    config.drafts.config, config.drafts.num = "configs/shapes_generate.py:quick", 4
+    config.autoencoder.update({"total_steps": 2, "full_steps": 1, "batch_size": 2, "num_images": 20})
+    config.encoder.update({"total_steps": 2, "batch_size": 4, "num_images": 8})
+    for stage in ("draw", "see", "read", "train", "mend"):
+        config[stage].update({"total_steps": 2})
+        config[stage].optimizer.warmup_steps = 1
+        config[stage].data.packs_per_step = 2
+    return config
+'''
+
+
+@pytest.mark.slow
+def test_every_stage_runs(tmp_path):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    command = [sys.executable, "-m", "irg_jax.make_base", "--config", str(tmp_path / "recipe.py"),
+               "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert import_folder(tmp_path / "out").tokenizer.vocab_size <= 512
+    checkpoints = {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("checkpoints/*")}
+    assert {path.parent.parent.name for path in checkpoints} >= {"draw", "see", "read", "base", "mend"}
