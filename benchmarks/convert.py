@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -54,9 +54,10 @@ def make_source(folder: pathlib.Path, config: ModelConfig) -> None:
     # Values of a normal distribution, since the checkpoint is compressed.
     pool = (rng.normal(size=2**24) * 0.02).astype(np.float32)
 
-    def make(path: str) -> np.ndarray:
-        start = int(rng.integers(pool.size))
-        return np.resize(np.roll(pool, start), shapes[path]).astype(dtypes[path])
+    def make(paths: list[str]) -> Iterator[np.ndarray]:
+        for path in paths:
+            start = int(rng.integers(pool.size))
+            yield np.resize(np.roll(pool, start), shapes[path]).astype(dtypes[path])
 
     export_leaves(folder, config, None, dtypes, make)
 

@@ -23,14 +23,14 @@ def convert(source: str | pathlib.Path, target: str | pathlib.Path, *,
         conversion (another model checkpoint is replaced with `overwrite`).
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
-    digests = source_digests(source)
     if (target / DESCRIPTION).is_file() and not overwrite:
-        if load_description(target)[1].get("source") == digests:
+        if load_description(target)[1].get("source") == source_digests(source):
             return f"{target} is already the conversion of {source}"
         raise ValueError(f"{str(target)!r} holds another model; pass --overwrite to replace it, or "
                          "choose another --target")
-    config, tokenizer, leaves = open_folder(source)
-    write_model(target, config, tokenizer, leaves, source=digests, replace=overwrite)
+    opened = open_folder(source)
+    write_model(target, opened.config, opened.tokenizer, opened.leaves, source=opened.digests,
+                replace=overwrite)
     return f"converted {source} to {target}\n{coverage(target)}"
 
 

@@ -24,7 +24,7 @@ def main(values) -> None:
     elif (checkpoint / PARAMS).is_dir():   # leaf by leaf: the model may be larger than the memory
         config, tokenizer, reader = open_model(checkpoint)
         export_leaves(values.out, config, tokenizer, {name: leaf.dtype for name, leaf in reader.leaves.items()},
-                      lambda name: reader.read([name])[name], dtype=values.dtype)
+                      reader.in_turn, dtype=values.dtype)
     else:
         export_folder(load_model(checkpoint), values.out, dtype=values.dtype)
     print(f"exported {values.checkpoint} to {values.out}")

@@ -148,7 +148,7 @@ def test_an_existing_folder_is_left_alone(tmp_path):
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
     written = []
 
-    def fail(folder, stem, tensors, **_):
+    def fail(folder, stem, tensors, make, **_):
         written.append(stem)
         (folder / f"{stem}.safetensors").write_bytes(b"half")
         if len(written) == 2:

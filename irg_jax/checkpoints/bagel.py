@@ -9,6 +9,7 @@ Every tensor of a source is used or refused, every parameter filled; all faults 
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -81,25 +82,35 @@ def import_folder(folder: str | pathlib.Path, *, dtype: str | None = None) -> Mo
         file's (float16 becomes float32).
     Raises: ValueError as `open_folder` and its leaves do.
     """
-    config, tokenizer, leaves = open_folder(folder)
-    return cast(Model(config, tokenizer, *join_leaves(dict(leaves), model_slots(config))), dtype)
+    source = open_folder(folder)
+    leaves = dict(source.leaves)
+    return cast(Model(source.config, source.tokenizer, *join_leaves(leaves, model_slots(source.config))), dtype)
 
 
-def open_folder(folder: str | pathlib.Path) -> tuple[ModelConfig, Tokenizer | None,
-                                                     Iterator[tuple[str, np.ndarray]]]:
-    """Geometry, tokenizer, and the leaves of a model checkpoint one by one, as they are read.
+class Source(NamedTuple):
+    """A released folder that is open: its leaves are those of a model checkpoint, given as they are read.
 
     The leaves raise ValueError, after the last, naming every tensor that is missing, unknown, misshapen,
     wrongly typed, not finite or truncated, and position tables that are not the fixed ones; if that is
-    known from the headers, none is given at all.
+    known from the headers, none is given at all. `digests`, the sha256 of every file, is whole after the last.
     """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    leaves: Iterator[tuple[str, np.ndarray]]
+    digests: dict[str, str]
+
+
+def open_folder(folder: str | pathlib.Path) -> Source:
+    """Reads geometry and tokenizer, and prepares to read the rest. Raises: ValueError if one is not sound."""
     folder = _existing(folder)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
     tables = {"model": names.fixed_tables(config), "vae": []}
     parts = [_Part(part, TensorFiles(folder, stems), slots, tables[part]) for stems, (part, slots)
              in zip((_NETWORK, _AUTOENCODER), model_slots(config).items(), strict=True)]
-    return config, tokenizer, _read_leaves(folder, parts)
+    digests = _text_digests(folder)
+    return Source(config, tokenizer, _read_leaves(folder, parts, digests), digests)
 
 
 def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = None,
@@ -111,27 +122,31 @@ def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = 
     """
     leaves = dict(list_leaves(model))
     export_leaves(out, model.config, model.tokenizer, {name: leaf.dtype for name, leaf in leaves.items()},
-                  leaves.__getitem__, dtype=dtype, shard_bytes=shard_bytes)
+                  lambda paths: map(leaves.__getitem__, paths), dtype=dtype, shard_bytes=shard_bytes)
 
 
 def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
-                  dtypes: dict[str, np.dtype], read: Callable[[str], np.ndarray], *, dtype: str | None = None,
-                  shard_bytes: int = SHARD_BYTES) -> None:
-    """`export_folder` of a model checkpoint's leaves, each read when its turn comes."""
+                  dtypes: dict[str, np.dtype], read: Callable[[list[str]], Iterator[np.ndarray]], *,
+                  dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """`export_folder` of a model checkpoint's leaves; `read` gives those of some paths one by one, in order."""
     bad: list[str] = []
-    pending = {part: [_pending(part, slot, np.dtype(dtype if dtype and part == "model" else
-                                                    dtypes[f"{part}.{slot.leaf}"]), read, bad)
-                      for slot in slots] for part, slots in model_slots(config).items()}
-    # The tables have no dtype of their own.
-    tables = np.dtype(dtype or dtypes["model.embed"])
-    network = pending["model"] + [_pending_table(table, tables) for table in names.fixed_tables(config)]
     with new_folder(out) as folder:
         for name, values in _config_files(config).items():
             (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(str(folder / TOKENIZER))
-        write_tensors(folder, _NETWORK[0], network, shard_bytes=shard_bytes)
-        write_tensors(folder, _AUTOENCODER[0], pending["vae"], shard_bytes=shard_bytes)
+        for stems, (part, slots) in zip((_NETWORK, _AUTOENCODER), model_slots(config).items(), strict=True):
+            own = dtype if part == "model" else None   # the autoencoder keeps its dtype
+            pending = [Pending(slot.name, slot.shape, np.dtype(own or dtypes[f"{part}.{slot.leaf}"]))
+                       for slot in slots]
+            sources: dict[str, Any] = {slot.name: slot for slot in slots}
+            if part == "model":
+                tables = names.fixed_tables(config)
+                pending += [Pending(table.name, table.shape, np.dtype(own or dtypes["model.embed"]))
+                            for table in tables]   # which have no dtype of their own
+                sources |= {table.name: table for table in tables}
+            write_tensors(folder, stems[0], pending, functools.partial(_make, part, sources, read, bad),
+                          shard_bytes=shard_bytes)
         if bad:
             raise ValueError(f"the model has NaN or infinity in {listing(dict.fromkeys(bad))}; it cannot be "
                              "exported")
@@ -140,10 +155,16 @@ def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Token
 def source_digests(folder: str | pathlib.Path) -> dict[str, str]:
     """sha256 of every file that `import_folder` reads. Raises ValueError if there is no folder."""
     folder = _existing(folder)
+    weights = [file for stems in (_NETWORK, _AUTOENCODER) for file in TensorFiles(folder, stems).files]
+    return _text_digests(folder) | _hash_files(weights)
+
+
+def _text_digests(folder: pathlib.Path) -> dict[str, str]:
     texts = [folder / name for name in (LLM_CONFIG, VIT_CONFIG, CONFIG, TOKENIZER)]
-    files = [file for file in texts if file.is_file()]
-    for stems in (_NETWORK, _AUTOENCODER):
-        files += TensorFiles(folder, stems).files
+    return _hash_files([file for file in texts if file.is_file()])
+
+
+def _hash_files(files: Sequence[pathlib.Path]) -> dict[str, str]:
     digests = {}
     for file in files:
         with file.open("rb") as stream:
@@ -184,7 +205,8 @@ class _Part(NamedTuple):
     tables: list[names.FixedTable]
 
 
-def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part]) -> Iterator[tuple[str, np.ndarray]]:
+def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part],
+                 digests: dict[str, str]) -> Iterator[tuple[str, np.ndarray]]:
     found = {part.name: _Faults(part.files.name) for part in parts}
     for part in parts:
         if part.files.entries or not part.files.faults:   # else no file could be read: no tensor is missing
@@ -192,18 +214,20 @@ def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part]) -> Iterator[tuple
     is_refused = any(part.files.faults or found[part.name].names for part in parts)
     for part in parts:
         faults = found[part.name]
-        for slot in part.slots:
-            if slot.name not in part.files.entries or slot.name in faults.names:
+        slots = {slot.name: slot for slot in part.slots}
+        tables = {table.name: table for table in part.tables}
+        for name, tensor in part.files.tensors():
+            if name in faults.names:
                 continue
-            tensor = part.files.read(slot.name)
-            if not _is_finite(tensor):
-                faults.add("NaN or infinity", slot.name)
+            if name in tables:
+                _check_table(tensor, tables[name], faults)
+            elif not _is_finite(tensor):
+                faults.add("NaN or infinity", name)
             elif not is_refused:
-                dtype = np.dtype(_DTYPES[part.files.entries[slot.name].dtype])
+                dtype = np.dtype(_DTYPES[part.files.entries[name].dtype])
+                slot = slots[name]
                 yield f"{part.name}.{slot.leaf}", np.ascontiguousarray(slot.to_ours(tensor), dtype)
-        for table in part.tables:
-            if table.name in part.files.entries and table.name not in faults.names:
-                _check_table(part.files.read(table.name), table, faults)
+        digests |= part.files.digests
     sentences = [line for part in parts for line in part.files.faults + found[part.name].sentences()]
     if sentences:
         raise ValueError(f"{str(folder)!r} cannot be imported:\n  " + "\n  ".join(sentences))
@@ -243,18 +267,20 @@ def _check_table(source: np.ndarray, table: names.FixedTable, faults: _Faults) -
         faults.add("not the fixed position table", table.name)
 
 
-def _pending(part: str, slot: names.Slot, dtype: np.dtype, read: Callable[[str], np.ndarray],
-             bad: list[str]) -> Pending:
-    def make() -> np.ndarray:
-        leaf = np.asarray(read(f"{part}.{slot.leaf}"), dtype)
+def _make(part: str, sources: dict[str, Any], read: Callable[[list[str]], Iterator[np.ndarray]], bad: list[str],
+          order: list[tuple[str, np.dtype]]) -> Iterator[np.ndarray]:
+    """The tensors of some names, in the torch layout; notes parameters that are not finite in `bad`."""
+    leaves = iter(read([f"{part}.{sources[name].leaf}" for name, _ in order
+                        if isinstance(sources[name], names.Slot)]))
+    for name, dtype in order:
+        source = sources[name]
+        if isinstance(source, names.FixedTable):
+            yield source.build().astype(dtype)
+            continue
+        leaf = np.asarray(next(leaves), dtype)
         if not _is_finite(leaf):
-            bad.append(slot.path)
-        return slot.to_torch(leaf)
-    return Pending(slot.name, slot.shape, dtype, make)
-
-
-def _pending_table(table: names.FixedTable, dtype: np.dtype) -> Pending:
-    return Pending(table.name, table.shape, dtype, lambda: table.build().astype(dtype))
+            bad.append(source.path)
+        yield source.to_torch(leaf)
 
 
 def _config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -65,7 +65,10 @@ def save_model(path: str | pathlib.Path, model: Model, *, source: dict[str, Any]
 def write_model(path: str | pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
                 leaves: Iterable[tuple[str, np.ndarray]], *, source: dict[str, Any] | None = None,
                 replace: bool = False) -> None:
-    """`save_model` of leaves as they come; nothing is at `path` if making them fails."""
+    """`save_model` of leaves as they come; nothing is at `path` if making them fails.
+
+    `source` is looked at after the last leaf.
+    """
     with new_folder(path, replace=replace) as folder:
         with Writer(folder / PARAMS) as writer:
             for name, leaf in leaves:

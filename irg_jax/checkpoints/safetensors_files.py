@@ -3,6 +3,7 @@
 The official library checks every header before anything else looks at a file; pickle is never read.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -30,6 +31,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     begin: int
+    num_bytes: int
 
 
 class TensorFiles:
@@ -43,6 +45,7 @@ class TensorFiles:
         self.files: list[pathlib.Path] = []
         self.entries: dict[str, Entry] = {}
         self.faults: list[str] = []
+        self.digests: dict[str, str] = {}   # sha256 of each file that `tensors` has read
         choices = [folder / f"{stem}.safetensors{suffix}" for stem in stems
                    for suffix in ("", ".index.json")]
         path = next((file for file in choices if file.is_file()), None)
@@ -54,16 +57,26 @@ class TensorFiles:
         else:
             self._open(path)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor, in host memory; read and not mapped, so that it goes when it is no longer used.
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every tensor of a readable dtype (F32, BF16, F16), file by file in the order of its bytes.
 
-        Raises: ValueError if its dtype is none of F32, BF16 and F16.
+        They are read and not mapped, so that each goes when it is no longer used. Every byte of every file is
+        read once, and hashed on the way.
         """
-        file, shape, dtype, begin = self.entries[name]
-        if dtype not in _READ:
-            raise ValueError(f"{file.name}: {name} is {dtype}; only {', '.join(_READ)} can be read")
-        count = math.prod(shape) * np.dtype(_READ[dtype]).itemsize
-        return np.fromfile(file, np.uint8, count, offset=begin).view(_READ[dtype]).reshape(shape)
+        for file in self.files:
+            entries = sorted((entry.begin, name) for name, entry in self.entries.items() if entry.file == file)
+            with file.open("rb", buffering=0) as stream:
+                hasher, place = hashlib.sha256(), 0
+                for begin, name in entries:
+                    hasher.update(_read(stream, begin - place))   # the header, and what nobody owns
+                    raw = _read(stream, self.entries[name].num_bytes)
+                    hasher.update(raw)
+                    place = begin + len(raw)
+                    if self.entries[name].dtype in _READ:
+                        yield name, raw.view(_READ[self.entries[name].dtype]).reshape(self.entries[name].shape)
+                while len(rest := stream.read(2**24)):
+                    hasher.update(rest)
+            self.digests[file.name] = hasher.hexdigest()
 
     def _open(self, file: pathlib.Path) -> set[str]:
         self.files.append(file)
@@ -81,8 +94,9 @@ class TensorFiles:
             header = json.loads(stream.read(size))
         for name in names:
             tensor = header[name]
-            self.entries[name] = Entry(file, tuple(tensor["shape"]), tensor["dtype"],
-                                       8 + size + tensor["data_offsets"][0])
+            begin, end = tensor["data_offsets"]
+            self.entries[name] = Entry(file, tuple(tensor["shape"]), tensor["dtype"], 8 + size + begin,
+                                       end - begin)
         return names
 
     def _open_shards(self, index: pathlib.Path) -> None:
@@ -119,32 +133,37 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
 
 
 class Pending(NamedTuple):
-    """A tensor still to be made: `make` returns it, contiguous or not."""
+    """A tensor still to be made."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(folder: pathlib.Path, stem: str, tensors: Sequence[Pending], *,
+def write_tensors(folder: pathlib.Path, stem: str, tensors: Sequence[Pending],
+                  make: Callable[[list[tuple[str, np.dtype]]], Iterator[np.ndarray]], *,
                   shard_bytes: int = SHARD_BYTES) -> None:
     """Writes `<stem>.safetensors`, or shards and their index if it were larger than `shard_bytes`.
 
-    Tensors are made one by one. One larger than `shard_bytes` has a shard of its own.
+    Args: make gives tensors by name and dtype, one by one, contiguous or not; it is asked once, for all of
+        them in the order in which they are written.
+    A tensor larger than `shard_bytes` has a shard of its own.
     """
+    # Large items first, as the library has it, so that each is aligned.
+    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    made = make([(tensor.name, tensor.dtype) for tensor in tensors])
     shards = list(_shards(tensors, shard_bytes))
     if len(shards) == 1:
-        _write(folder / f"{stem}.safetensors", shards[0])
+        _write(folder / f"{stem}.safetensors", shards[0], made)
         return
     placed = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, shard)
+        _write(folder / file, shard, made)
         placed |= {tensor.name: file for tensor in shard}
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": placed}
@@ -163,12 +182,10 @@ def _shards(tensors: Sequence[Pending], shard_bytes: int) -> Iterator[list[Pendi
     yield shard
 
 
-def _write(file: pathlib.Path, tensors: list[Pending]) -> None:
+def _write(file: pathlib.Path, tensors: list[Pending], made: Iterator[np.ndarray]) -> None:
     """One file, tensor by tensor: the library's writer would hold all of a shard, and a copy of it."""
     # torch's loaders ask for this metadata.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # Large items first, as the library has it, so that each is aligned.
-    tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.num_bytes
@@ -178,8 +195,19 @@ def _write(file: pathlib.Path, tensors: list[Pending]) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            stream.write(np.ascontiguousarray(tensor.make()).reshape(-1).view(np.uint8).data)
+        for _, value in zip(tensors, made):
+            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+
+
+def _read(stream: Any, count: int) -> np.ndarray:
+    """The next bytes, uint8 [count]."""
+    raw, held = np.empty(count, np.uint8), 0
+    while held < count:   # the system reads at most 2 GiB at once
+        got = stream.readinto(memoryview(raw)[held:])
+        if not got:
+            raise ValueError(f"{stream.name}: the file became shorter while it was read")
+        held += got
+    return raw
 
 
 def _absence(folder: pathlib.Path, choices: list[pathlib.Path]) -> str:
