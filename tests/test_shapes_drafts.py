@@ -98,12 +98,20 @@ def test_initial_records_do_not_see_drafts(drafts):
             == record("initial_full", generator(0, "x", 0)))
 
 
-def test_a_plan_that_is_none_is_named(folder):
+@pytest.mark.parametrize("change, message", [
+    (lambda planned: planned["things"][0].update(x=7.5), r"scene.things\[0\].x is 7.5"),
+    (lambda planned: planned.update(things=[]), "the planned scene does not fulfil the request"),
+    (lambda planned: planned.update(things="none"), "scene.things is 'none': give a list"),
+    (lambda planned: planned["things"][0].update(shape="cube"), r"scene.things\[0\].shape is 'cube'"),
+])
+def test_a_plan_that_is_none_is_named(folder, change, message):
     table = pyarrow.parquet.read_table(folder / "0001.parquet").to_pylist()
-    table[2]["planned"] = table[2]["planned"].replace('"x": 0', '"x": 7')
+    planned = json.loads(table[2]["planned"])
+    change(planned)
+    table[2]["planned"] = json.dumps(planned)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / "0001.parquet")
     finish(folder)
-    with pytest.raises(ValueError, match=r"0001.parquet row 2: scene.things\[0\].x is 7"):
+    with pytest.raises(ValueError, match=f"0001.parquet row 2: {message}"):
         read_drafts(folder)
 
 

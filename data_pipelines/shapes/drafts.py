@@ -24,6 +24,7 @@ from data_pipelines.digests import MANIFEST, file_sha256, write_json
 from data_pipelines.images import decode_image
 from data_pipelines.shapes import language
 from data_pipelines.shapes.detect import Detection, detect_background, survey
+from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import Request, Scene
 from data_pipelines.shapes.split import is_training
@@ -113,6 +114,9 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
                 planned = Scene.from_json(json.loads(values["planned"]))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
+            if judge(request, planned.things, planned.background) or not is_training(planned):
+                raise ValueError(f"{place}: the planned scene does not fulfil the request, or shows what is "
+                                 "held out; draw the drafts again")
             image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
             drafts.append(Draft(values["prompt"], request, planned, image))
     return drafts
