@@ -14,7 +14,9 @@ a cosine of 9,000, with one question a picture; then came `read`, and of `train`
 that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
 and captions, 4,200 with the weights below, and 1,500 at the shift of `mend`, two thirds of them editing and
-captions, in packs like its; of `mend` 1,200 steps. EXPECTED
+captions, in packs like its; of `mend` 1,200 steps. Expected there: 85 % of questions
+about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 36 % are drawn right,
+32 % after thinking (`bash launch/local.sh`).
 """
 
 import ml_collections
