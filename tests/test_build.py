@@ -130,7 +130,7 @@ def test_unknown_modes_are_named(tmp_path):
         build(BuildConfig(counts={"initial_ful": 1}), out=tmp_path / "data")
 
 
-@pytest.mark.parametrize("size, total", [("", 9600), (":quick", 384)])
+@pytest.mark.parametrize("size, total", [("", 16800), (":quick", 384)])
 def test_the_shipped_configuration(size, total):
     config = from_config_dict(BuildConfig, load_config(f"{ROOT}/configs/shapes_data.py{size}"))
     assert sum(config.counts.values()) == total and set(config.counts) == set(shapes.MODES)
