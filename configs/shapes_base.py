@@ -67,14 +67,14 @@ def _stages() -> dict:
             "draw", "initial", 6000, schedule="constant",
             weights={"text_to_image": 3.0, "description": 1.5, "understanding": 1.0, "editing": 1.0},
             # about three records a pack; small packs keep attention cheap
-            packs_per_step=28, text_tokens=72, vit_tokens=16, latent_tokens=48, images=3,
-            max_tokens_per_record=136),
+            packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=64, images=4,
+            max_tokens_per_record=240),
         "see": _stage(
             "see", "seeing", 6800,
             weights={"text_to_image": 2.0, "captioned": 2.0, "description": 1.0, "understanding": 3.0,
                      "captioning": 4.0, "editing": 1.0}, frozen=EYES,
-            packs_per_step=20, text_tokens=120, vit_tokens=32, latent_tokens=48, images=3,
-            max_tokens_per_record=200),
+            packs_per_step=20, text_tokens=144, vit_tokens=32, latent_tokens=48, images=3,
+            max_tokens_per_record=224),
         "read": _stage(
             "read", "see", 2000, schedule="constant", ema_decay=0.99, text_dropout=0.0,
             weights={"reading": 3.0, "naming": 1.0},
