@@ -13,10 +13,11 @@ The weights in assets/shapes_base went a longer way while the recipe was found. 
 a cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder
 that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
-and captions, 4,200 with the weights below, and 1,500 at the shift of `mend`, two thirds of them editing and
-captions, in packs like its; of `mend` 1,200 steps. Expected there: 85 % of questions
-about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 36 % are drawn right,
-32 % after thinking (`bash launch/local.sh`).
+and captions, 4,200 with the weights below, and 1,500 at the shift of `mend`, two thirds of their records
+editing and captions, in packs like its; then 1,200 steps of `mend`. They learnt `draw` and `see` in shorter
+packs: edits were shorter. Expected there: 85 % of questions about scenes are answered right
+(`irg_jax.examine --num 300`); of 300 held-out prompts 36 % are drawn right, 32 % after thinking
+(`bash launch/local.sh`).
 """
 
 import ml_collections
@@ -66,7 +67,7 @@ def _stages() -> dict:
         "draw": _stage(
             "draw", "initial", 6000, schedule="constant",
             weights={"text_to_image": 3.0, "description": 1.5, "understanding": 1.0, "editing": 1.0},
-            # about three records a pack; small packs keep attention cheap
+            # Small packs keep attention cheap, but have to hold the longest edit.
             packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=64, images=4,
             max_tokens_per_record=240),
         "see": _stage(

@@ -21,6 +21,7 @@ from irg_jax.checkpoints.model import (
     load_model,
     load_stage_frozen,
     new_folder,
+    open_model,
     save_model,
     save_stage_frozen,
 )
@@ -98,6 +99,17 @@ def test_leaves_written_in_many_pieces_are_those_written_at_once(sound, tmp_path
     save_model(tmp_path / "model", model)
     assert len(pieces) > 5
     assert_same(load_model(tmp_path / "model"), model)
+
+
+def test_leaves_read_in_turn_come_in_any_order_and_a_piece_at_a_time(sound, monkeypatch):
+    *_, reader = open_model(sound)
+    order, read = sorted(reader.leaves, reverse=True), reader.read
+    whole, sizes = read(order), []
+    monkeypatch.setattr(store, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(reader, "read", lambda piece: sizes.append(len(piece)) or read(piece))
+    for path, leaf in zip(order, reader.in_turn(order), strict=True):
+        np.testing.assert_array_equal(leaf, whole[path])
+    assert sum(sizes) == len(order) and 1 < len(sizes) < len(order)
 
 
 @pytest.mark.parametrize("path, value", [

@@ -137,7 +137,7 @@ def _instead(kind: str, wanted: Thing) -> str:
         case "texture":
             return wanted.texture
         case "size":
-            return size_word(wanted) or "so large"
+            return f"{size_word(wanted)}"   # a size was asked for, so there is a word for it
     return f"at {where(wanted)}"
 
 

@@ -1,8 +1,8 @@
 """The critic and the painter: what a draft gets wrong, and the right scene that its second picture shows.
 
-A draft is a picture that the base model drew after a plan; a detector has said what is in it. If it fulfils the
-request it is right as it is, whatever was planned. Else the right scene is the planned one: things of the draft
-are paired with those planned, and each difference is a `Flaw` to be named.
+A draft is a picture that the base model drew after a plan; a detector has said what is in it. If it shows what
+the request asks for and nothing else it is right as it is, whatever was planned. Else the right scene is the
+planned one: things of the draft are paired with those planned, and what misses the request is a `Flaw`.
 """
 
 import dataclasses
@@ -27,8 +27,9 @@ def repair(request: Request, planned: Scene, seen: Sequence[Sighting], backgroun
            num_blobs: int = 0) -> Repair:
     """The draft itself if it is right, even with things closer together than scenes are made; else the plan.
 
-    `planned` fulfils the request and may be trained on. A wrong draft with blobs, which are no things, is drawn
-    afresh: nothing said of its things would mend it.
+    `planned` fulfils the request and may be trained on. A draft with blobs, which are no things, is drawn
+    afresh if it is not right: nothing said of its things would mend it. The judge lets more things pass than
+    were asked for; here they are flaws, for a right scene shows nothing else.
     """
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
@@ -84,7 +85,7 @@ def _list_flaws(request: Request, draft: Scene, right: Scene,
         flaws += _misplaced(request, [(seen, wanted) for _, seen, wanted in paired])
     if request.background not in (None, draft.background):
         flaws.append(Flaw("background"))
-    # A draft can be right and yet of no use as it is: what may not be trained on. Then it is drawn afresh.
+    # The judge may object, or the split, where no thing can be blamed. Then all is drawn afresh.
     return tuple(flaws) or (Flaw("missing", wanted=right.things),)
 
 
