@@ -85,7 +85,7 @@ def _stages() -> dict:
             "base", "read", 9000, learning_rate=1.2e-3, ema_decay=0.998, frozen=EYES,
             # Layout is decided in the noisiest fifth of the way, which a shift of 1.5 hardly visits.
             timestep_shift=4.0,
-            weights={"text_to_image": 1.5, "captioned": 2.5, "description": 1.0, "editing": 4.0,
+            weights={"text_to_image": 1.5, "captioned": 1.5, "medley": 2.0, "description": 1.0, "editing": 4.0,
                      "understanding": 2.5, "captioning": 2.5, "reading": 0.5, "naming": 1.0},
             packs_per_step=12, text_tokens=176, vit_tokens=48, latent_tokens=80, images=5,
             max_tokens_per_record=272),
@@ -93,9 +93,9 @@ def _stages() -> dict:
             "mend", "base", 3000, learning_rate=1.1e-3, ema_decay=0.995, frozen=EYES, data="own_data",
             # Layout is known by now; which shape a thing has is decided later on the way.
             timestep_shift=2.5,
-            weights={"text_to_image": 1.2, "captioned": 3.2, "description": 0.6, "editing": 2.0, "mending": 6.0,
-                     "understanding": 0.6, "captioning": 1.0, "reading": 0.3, "naming": 0.3},
-            packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=64, images=4,
+            weights={"text_to_image": 1.0, "captioned": 2.5, "medley": 4.0, "description": 0.5, "editing": 2.0,
+                     "mending": 3.0, "understanding": 0.7, "captioning": 1.5, "reading": 0.4, "naming": 0.3},
+            packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=80, images=5,
             max_tokens_per_record=240),
     }
 

@@ -19,20 +19,20 @@ from data_pipelines.config import from_config_dict
 from data_pipelines.digests import write_json
 from irg_jax.evaluation.questions import grade, make_question
 from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import in_batches, load_generator
 
 
 def main(values: Any) -> None:
-    values.config.text.do_sample = False
     config = from_config_dict(SamplingConfig, values.config)
+    mode = ModeConfig(understanding_output=True, do_sample=False)
     model, checkpoint = load_generator(values.checkpoint, config, prompts={})
     questions = [make_question(index, seed=values.seed, side=config.height) for index in range(values.num)]
     given = []
     with tqdm(total=len(questions), unit="question", disable=None) as progress:
         for batch, padded in in_batches(questions, min(config.batch_size, len(questions))):
-            answers = model.understand([one.image for one in padded], [one.text for one in padded],
-                                       seeds=[0] * len(padded))
-            given += answers[:len(batch)]
+            answers = infer(model, [(one.image, one.text) for one in padded], mode, seeds=[0] * len(padded))
+            given += [answer.text for (answer,) in answers[:len(batch)]]
             progress.update(len(batch))
     table = grade(questions, given)
     answers = [{"question": one.text, "answer": one.answer, "given": text}

@@ -25,6 +25,7 @@ from data_pipelines.shapes.drafts import (
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.records import MODES, generator, record
 from data_pipelines.shapes.render import render
+from data_pipelines.shapes.repair import by_turns, repair_draft
 from data_pipelines.shapes.scene import Group, Request, Scene, Thing
 from data_pipelines.shapes.score import score
 from data_pipelines.sources import ParquetRows
@@ -121,15 +122,27 @@ def test_drafts_that_show_what_is_held_out_are_left_out(drafts):
     assert [one.draft for one in look_at([drafts[0], shown])] == [drafts[0]]
 
 
+def test_wrong_and_right_drafts_come_by_turns_and_none_is_lost(drafts):
+    seen = look_at(drafts)
+    right = Draft(seen[0].draft.prompt, seen[0].draft.request, seen[0].draft.planned,
+                  render(seen[0].draft.planned))
+    both = [*seen, *look_at([right])]
+    turns = by_turns(both)
+    assert [bool(repair_draft(one).flaws) for one in turns] == [True, False] * len(seen)
+    assert {id(one) for one in turns} == {id(one) for one in both}
+    assert list(map(id, by_turns(seen))) == list(map(id, seen)) and by_turns([]) == []
+
+
 def test_a_data_set_is_built_from_drafts(folder, drafts, tmp_path, monkeypatch):
     config = BuildConfig(counts={"improving_full": 30, "initial_full": 3}, num_heldout_prompts=6,
                          drafts=str(folder))
     assert build(config, out=tmp_path / "data")
     rows = ParquetRows(tmp_path / "data" / "train" / "improving_full")
-    usable = [one.draft for one in look_at(drafts)]
+    usable = look_at(drafts)
+    turns = by_turns(usable)
     for index in range(30):
         first, _ = pictures(json.loads(rows[index].text))
-        np.testing.assert_array_equal(first, usable[index % len(usable)].image)
+        np.testing.assert_array_equal(first, turns[index % len(turns)].draft.image)
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["drafts_used"] == len(usable) and manifest["drafts"]
     assert not build(config, out=tmp_path / "data")

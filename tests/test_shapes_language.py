@@ -98,13 +98,12 @@ def test_the_plainest_prompt_is_the_one_of_the_readme():
 def test_a_plan_names_every_thing_where_it_is():
     plan = language.think(np.random.default_rng(0), REQUEST, SCENE)
     assert plan.startswith("<think>") and plan.endswith("pale pink background.</think>")
-    for item in ("red circle at top left", "striped red circle at bottom left",
-                 "blue square at right"):
+    for item in ("top left: red circle", "bottom left: striped red circle", "right: blue square"):
         assert item in plan
 
 
 def test_a_caption_says_where_everything_is_in_any_order():
-    items = ["red circle at top left", "striped red circle at bottom left", "blue square at right"]
+    items = ["top left: red circle", "bottom left: striped red circle", "right: blue square"]
     texts = {language.caption(np.random.default_rng(seed), SCENE) for seed in range(40)}
     assert texts == {f"{'; '.join(order)}; pale pink background." for order in itertools.permutations(items)}
 
@@ -125,11 +124,11 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
     analysis, _, need, _, step, _, final = lines
     assert analysis == (
-        "i see red circle at top left; striped red circle at bottom left; green square at right, not blue; "
-        "pale pink background. looking again, there is a flaw: a square is green.")
+        "i look at the picture. top left: red circle; bottom left: striped red circle; right: green square, "
+        "not blue; pale pink background. looking again, there is a flaw: a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")
-    assert final == ("red circle at top left; striped red circle at bottom left; blue square at right; "
+    assert final == ("top left: red circle; bottom left: striped red circle; right: blue square; "
                      "pale pink background.")
 
 
@@ -162,8 +161,8 @@ def test_the_look_back_goes_through_the_plan_and_says_what_is_otherwise():
     repaired = Repair(draft, SCENE, flaws, (star, None, SQUARE))
     text = language.reflect(np.random.default_rng(0), REQUEST, repaired)
     assert text.startswith(
-        "<think>i see red star at top left, not a circle; no red circle; blue square at right; also pink heart "
-        "at top right; white background, not pale pink. looking again, there is a flaw: ")
+        "<think>i look at the picture. top left: red star, not a circle; no red circle; right: blue square; "
+        "also top right: pink heart; white background, not pale pink. looking again, there is a flaw: ")
     praise = language.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, (), SCENE.things))
     assert " not " not in praise and "looking again, there is no flaw: " in praise
 

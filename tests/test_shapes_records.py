@@ -33,6 +33,7 @@ SEQUENCES = {
     "reading": "p q [t*] q [t*] q [t*]",
     "naming": "s p [t*]",
     "mending": "[i+vae+vit] q [i*]",
+    "medley": "p [i*]",
 }
 
 

@@ -1,6 +1,7 @@
 """The painter: whatever a draft shows, the repaired scene is right and allowed; the flaws are true."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -133,11 +134,11 @@ def test_the_final_prompt_of_a_wrong_draft_tells_all_of_the_right_scene(seed, th
     text = language.reflect(rng, request, result)
     final = text.partition(language.HEADINGS[2])[2]
     if result.flaws:
-        assert all(f"{thing.colour} {thing.shape} at {language.where(thing)}" in final
-                   for thing in result.right.things)
+        for thing in result.right.things:
+            assert re.search(rf"{language.where(thing)}: [a-z ]*{thing.colour} {thing.shape};", final)
         assert f"{result.right.background} background" in final
     else:
-        assert " at " not in final and request.groups[0].shape in final
+        assert ": " not in final and request.groups[0].shape in final
 
 
 def test_the_background():

@@ -65,7 +65,7 @@ def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
     items = _placed(scene)
     if request.relation and len(items) <= 2:
         items[0] += f", {request.relation} the {scene.things[1].shape}"
-    opening = pick(rng, ("plan:", "i plan:", "the picture needs:", "i will draw:"))
+    opening = pick(rng, ("the plan.", "i plan this.", "the picture needs this.", "i will draw this."))
     return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")
 
 
@@ -102,10 +102,11 @@ def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     if any(step == REDRAW for *_, step in remedies):
         keep = ""
     final = "; ".join((*_placed(right), f"{right.background} background")) if flaws else ask(None, request)
-    verdict = f"i see {_looked_over(repair)}. looking again, there is {'a' if flaws else 'no'} flaw:"
-    text = _four_parts(remedies, verdict, keep, final)
+    opening = (f"i look at the picture. {_looked_over(repair)}. looking again, "
+               f"there is {'a' if flaws else 'no'} flaw:")
+    text = _four_parts(remedies, opening, keep, final)
     if len(text.split()) > MAX_WORDS:
-        text = _four_parts(remedies[:1], verdict, keep, final)
+        text = _four_parts(remedies[:1], opening, keep, final)
     return tagged(f"{text}.")
 
 
@@ -120,8 +121,8 @@ def _looked_over(repair: Repair) -> str:
             items.append(f"no {_name(repair.right.things[planned])}")
             continue
         otherwise = f", not {_instead(*wrong[seen])}" if seen in wrong else ""
-        items.append(f"{_look(seen, full=full)} at {where(seen)}{otherwise}")
-    items += [f"also {_look(thing, full=full)} at {where(thing)}" for thing in repair.extra[:MAX_REMOVED]]
+        items.append(f"{_at(seen, full=full)}{otherwise}")
+    items += [f"also {_at(thing, full=full)}" for thing in repair.extra[:MAX_REMOVED]]
     is_other = any(flaw.kind == "background" for flaw in repair.flaws)
     otherwise = f", not {repair.right.background}" if is_other else ""
     return "; ".join((*items, f"{repair.draft.background} background{otherwise}"))
@@ -294,8 +295,13 @@ def _counted(count: int, *words: str) -> str:
 
 
 def _placed(scene: Scene) -> list[str]:
-    """Every thing with its place; of one or two also the size."""
-    return [f"{_look(thing, full=len(scene.things) <= 2)} at {where(thing)}" for thing in scene.things]
+    """Every thing after its place; of one or two also the size."""
+    return [_at(thing, full=len(scene.things) <= 2) for thing in scene.things]
+
+
+def _at(thing: Thing, *, full: bool) -> str:
+    """The place first: what is read after it is bound to it. Said last, it left shapes free (docs/log.md)."""
+    return f"{where(thing)}: {_look(thing, full=full)}"
 
 
 def _look(thing: Thing, *, full: bool) -> str:

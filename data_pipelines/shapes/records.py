@@ -20,6 +20,7 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     reading                           caption, (question, answer*) x 3
     naming                            system, prompt, describe*; both in other words
     mending                           as editing, image1 being the model's own
+    medley                            as captioned, every thing of a shape of its own
 """
 
 import base64
@@ -39,8 +40,8 @@ from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
 from data_pipelines.shapes.reading import NUM_QUESTIONS, name_things, read_caption
 from data_pipelines.shapes.render import render
-from data_pipelines.shapes.repair import repair
-from data_pipelines.shapes.sample import sample_request, sample_scene
+from data_pipelines.shapes.repair import repair_draft
+from data_pipelines.shapes.sample import sample_medley, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
 from data_pipelines.shapes.sketch import sketch
 
@@ -53,7 +54,7 @@ MODES = (
     "improving_full",
 )
 BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
-              "naming", "mending")
+              "naming", "mending", "medley")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -159,8 +160,7 @@ def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int)
 
 
 def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
-    draft = seen.draft
-    repaired = repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
+    draft, repaired = seen.draft, repair_draft(seen)
     plan = _text(language.think(rng, draft.request, draft.planned), need_loss=False)
     reflection = _text(language.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
@@ -190,7 +190,9 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "editing":
             return _edit_turns(rng, story, side)
         case "captioned":
-            return [_user(language.caption(rng, story.right)), _assistant(_drawn(story.right, side))]
+            return _captioned_turns(rng, story.right, side)
+        case "medley":
+            return _captioned_turns(rng, sample_medley(rng), side)
         case "captioning":
             image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
             return [_assistant(image), _user(language.WHAT_IS_WHERE),
@@ -204,6 +206,10 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
     raise AssertionError(mode)
 
 
+def _captioned_turns(rng: np.random.Generator, scene: Scene, side: int) -> list[Turn]:
+    return [_user(language.caption(rng, scene)), _assistant(_drawn(scene, side))]
+
+
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
     edit = make_edit(rng, story.request, story.prompt, right=story.right, flawed=story.flawed,
                      flaws=story.flaws)
@@ -213,8 +219,8 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
 def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     """As `_edit_turns`, of a picture that the model drew itself."""
     draft = seen.draft
-    drawn = repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
-    return _tell(edit_draft(rng, draft.request, draft.prompt, draft.planned, drawn), draft.image, side)
+    edit = edit_draft(rng, draft.request, draft.prompt, draft.planned, repair_draft(seen))
+    return _tell(edit, draft.image, side)
 
 
 def _tell(edit: Edit, picture: np.ndarray, side: int) -> list[Turn]:

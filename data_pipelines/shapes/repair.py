@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from data_pipelines.shapes.drafts import SeenDraft
 from data_pipelines.shapes.flaws import Flaw, Repair
 from data_pipelines.shapes.judge import Sighting, judge
 from data_pipelines.shapes.scene import BORDER, Request, Scene, Thing, has_size, holds
@@ -21,6 +22,24 @@ SHAPE_COST, COLOUR_COST, TEXTURE_COST, SIZE_COST = 4.0, 2.0, 1.0, 1.0
 PLACE_COST = 1.0      # of the image side; it decides between things that are alike
 UNPAIRED_COST = 5.5
 NEAR = 0.12  # of the image side: what moved no further than that was not moved
+
+
+def repair_draft(seen: SeenDraft) -> Repair:
+    """What a draft shows and should show: see `repair`."""
+    draft = seen.draft
+    return repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
+
+
+def by_turns(drafts: Sequence[SeenDraft]) -> list[SeenDraft]:
+    """Wrong drafts and right ones by turns, the fewer ones again and again.
+
+    A good base draws few wrong ones, and it is they that there is something to learn from.
+    """
+    kinds: dict[bool, list[SeenDraft]] = {True: [], False: []}
+    for seen in drafts:
+        kinds[bool(repair_draft(seen).flaws)].append(seen)
+    lists = [kind for kind in kinds.values() if kind]
+    return [kind[i % len(kind)] for i in range(max(map(len, lists), default=0)) for kind in lists]
 
 
 def repair(request: Request, planned: Scene, seen: Sequence[Sighting], background: str, *,

@@ -60,6 +60,17 @@ def sample_scene(rng: np.random.Generator, request: Request, *, split: str) -> S
     raise RuntimeError(f"no {split} scene for {request} in {MAX_DRAWS} draws")
 
 
+def sample_medley(rng: np.random.Generator) -> Scene:
+    """Two or three things of different shapes, for training: nothing but the words tells which stands where."""
+    num = int(rng.integers(2, 4))   # drawn once: three fit less often
+    for _ in range(MAX_DRAWS):
+        shapes = tuple(SHAPES[i] for i in rng.permutation(len(SHAPES))[:num])
+        scene = _draft_scene(rng, Request("two_object", tuple(map(Group, shapes))))
+        if scene and is_training(scene):
+            return scene
+    raise RuntimeError(f"no medley in {MAX_DRAWS} draws")
+
+
 def pick(rng: np.random.Generator, choices):
     """One of a sequence. (`rng.choice` would turn the values into numpy scalars.)"""
     return choices[rng.integers(len(choices))]

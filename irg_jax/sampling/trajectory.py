@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.images import grid_position, patchify, resize, target_size
+from data_pipelines.images import grid_position, patchify, resize
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Params
 from irg_jax.sampling import cache, programs
 from irg_jax.sampling.cache import Context
-from irg_jax.sampling.config import FlowConfig, SamplingConfig, load_system_prompt
+from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig, load_system_prompt
 from irg_jax.sampling.flow import Branches
 from irg_jax.sampling.text import Written
 
@@ -84,7 +84,7 @@ class Generator:
         self._latent_position(config.height, config.width)
         self._empty = cache.make_empty(model.config, 1, config.cache_multiple, dtype)
         prompt = load_system_prompt(config.system_prompt)
-        self._system = self._append_text(self._empty, [prompt]) if prompt else self._empty
+        self._system = self.append_text(self._empty, [prompt]) if prompt else self._empty
 
     def trajectories(self, prompts: Sequence[str], *, seeds: Sequence[int],
                      num_turns: int | None = None) -> list[tuple[Turn, ...]]:
@@ -104,22 +104,14 @@ class Generator:
         state = self.begin(prompts, seeds=seeds, system=False)
         return [Turn("", image) for image in self.draw(state)]
 
-    def edit(self, images: Sequence[np.ndarray], instructions: Sequence[str], *,
-             seeds: Sequence[int], flow: FlowConfig | None = None) -> list[Turn]:
-        """Changes images uint8 [H, W, 3] of one size; the result has their resized size.
+    def start(self, seeds: Sequence[int], *, system: bool = True) -> State:
+        """Nothing is said yet but the system prompt if `system`."""
+        context = cache.repeat(self._system if system else self._empty, len(seeds))
+        return State(context, context, context, np.asarray(seeds, np.uint32))
 
-        Guidance as in BAGEL: away from the image without the instruction, and from the instruction
-        without the image. Settings are those of turn 2 if `flow` is None.
-        """
-        state = self.show(images, instructions, seeds=seeds)
-        width, height = target_size(*images[0].shape[1::-1], self.config.vae_transform)
-        drawn = self.draw(state, flow=flow or self.config.turn2, height=height, width=width)
-        return [Turn("", image) for image in drawn]
-
-    def understand(self, images: Sequence[np.ndarray], questions: Sequence[str], *,
-                   seeds: Sequence[int]) -> list[str]:
-        """Answers a question about each image uint8 [H, W, 3]; all of one size, seen by the ViT."""
-        return self._decode(self.write(self.show(images, questions, seeds=seeds, use_vae=False)))
+    def ask(self, state: State, texts: Sequence[str]) -> State:
+        """Reads what the user says."""
+        return self._read(state, texts, unasked=state.main)
 
     def show(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seeds: Sequence[int],
              use_vae: bool = True) -> State:
@@ -129,15 +121,15 @@ class Generator:
         """
         if use_vae:
             images = [resize(image, self.config.vae_transform) for image in images]
-        return self._ask(self.look(self._start(self._empty, seeds), images, use_vae=use_vae), texts)
+        return self.ask(self.look(self.start(seeds, system=False), images, use_vae=use_vae), texts)
 
     def begin(self, prompts: Sequence[str], *, seeds: Sequence[int], system: bool = True) -> State:
         """Reads the prompts, after the system prompt if `system`."""
-        return self._ask(self._start(self._system if system else self._empty, seeds), prompts)
+        return self.ask(self.start(seeds, system=system), prompts)
 
     def think(self, state: State, texts: Sequence[str] | None = None) -> tuple[list[str], State]:
         """Writes a text for each prompt, or takes `texts` as written; then reads them."""
-        texts = self._decode(self.write(state)) if texts is None else list(texts)
+        texts = self.decode(self.write(state)) if texts is None else list(texts)
         return texts, self._read(state, texts, unasked=state.main if state.turn else state.unasked)
 
     def draw(self, state: State, *, flow: FlowConfig | None = None, height: int | None = None,
@@ -157,9 +149,9 @@ class Generator:
         main = self._append_patches(main, images)
         return dataclasses.replace(state, main=main, turn=state.turn + 1)
 
-    def write(self, state: State, *, want_logits: bool = False) -> Written:
-        """The next text as ids, see `text.Written`; the state is as it was."""
-        settings = self.config.text
+    def write(self, state: State, *, settings: TextConfig | None = None, want_logits: bool = False) -> Written:
+        """The next text as ids, see `text.Written`; the state is as it was. Settings as configured if None."""
+        settings = settings or self.config.text
         context = self._reserve(state.main, settings.max_length)
         return programs.write(self._weights, context, _keys(state.seeds, state.turn, TEXT),
                               config=self.model_config, bos=self.tokenizer.bos,
@@ -175,21 +167,14 @@ class Generator:
         return programs.draw(self._weights, branches, noise, position, self._brackets,
                              config=config, settings=flow or self.config.flow(state.turn))
 
-    def _start(self, context: Context, seeds: Sequence[int]) -> State:
-        context = cache.repeat(context, len(seeds))
-        return State(context, context, context, np.asarray(seeds, np.uint32))
-
-    def _ask(self, state: State, texts: Sequence[str]) -> State:
-        """Reads what the user says."""
-        return self._read(state, texts, unasked=state.main)
-
     def _read(self, state: State, texts: Sequence[str], *, unasked: Context) -> State:
-        main = self._append_text(state.main, texts)
+        main = self.append_text(state.main, texts)
         # Until the first image both are the same context, and stay one.
-        unseen = main if state.unseen is state.main else self._append_text(state.unseen, texts)
+        unseen = main if state.unseen is state.main else self.append_text(state.unseen, texts)
         return dataclasses.replace(state, main=main, unseen=unseen, unasked=unasked)
 
-    def _append_text(self, context: Context, texts: Sequence[str]) -> Context:
+    def append_text(self, context: Context, texts: Sequence[str]) -> Context:
+        """One context more, with a text after each of its rows."""
         ids = [[self.tokenizer.bos, *self.tokenizer.encode(text), self.tokenizer.eos]
                for text in texts]
         lengths = np.array([len(row) for row in ids], np.int32)
@@ -225,7 +210,8 @@ class Generator:
         capacity = _round_up(context.length + num_tokens, self.config.cache_multiple)
         return cache.enlarge(context, capacity)
 
-    def _decode(self, written: Written) -> list[str]:
+    def decode(self, written: Written) -> list[str]:
+        """What was written, as texts."""
         ids, lengths = np.asarray(written.ids), np.asarray(written.lengths)
         return [self.tokenizer.decode(row[1:length]) for row, length in zip(ids, lengths)]
 
