@@ -8,17 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from checkpoint_cases import CONFIG
+from checkpoint_cases import CONFIG, RELEASE
 from irg_jax.checkpoints import names
-from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params
 
-RELEASE = ModelConfig(
-    LLMConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-              num_attention_heads=28, num_key_value_heads=4),
-    ViTConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-              num_attention_heads=16),
-    VAEConfig())
 LISTING = pathlib.Path(__file__).parent / "golden" / "bagel_7b_mot_tensors.json"
 
 

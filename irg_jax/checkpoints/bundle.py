@@ -59,16 +59,18 @@ def latest_step(stage: pathlib.Path) -> int:
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:
-    """EMA of a stage's newest bundle, as host-placed arrays, and its step.
+    """EMA of a stage's newest bundle, and its step.
 
-    Args: shapes is the tree of ShapeDtypeStruct that the parameters must have.
+    Args: shapes is the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to
+        the first device.
     Raises: ValueError if the stage has no complete checkpoint.
     """
     folder = pathlib.Path(stage).absolute() / FOLDER
     if not folder.is_dir():
         raise ValueError(f"{stage} has no {FOLDER} folder; train the stage first")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
     with ocp.training.Checkpointer(folder) as checkpointer:
         if checkpointer.latest is None:
             raise ValueError(f"{folder} holds no complete checkpoint yet")

@@ -19,7 +19,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "layers": (),
     "norm": (),                      # small vectors are replicated
     "embed": ("fsdp", "context"),
-    "vit_embed": ("fsdp",),          # 1152 = 2^7 * 9: at most 128 ways, see `partition`
+    "vit_embed": ("fsdp", "context"),  # 1152 = 2^7 * 9: at most 128 ways, see `partition`
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),

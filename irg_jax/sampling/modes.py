@@ -10,7 +10,7 @@ Source: `interleave_inference` of BAGEL's inferencer.py; for several turns IRG's
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from data_pipelines.images import resize
 from irg_jax.sampling.config import FlowConfig, TextConfig
 from irg_jax.sampling.trajectory import Generator, State
 
+S = TypeVar("S", FlowConfig, TextConfig)
 Conversation = Sequence[str | np.ndarray]   # what is said and shown, in order; images uint8 [H, W, 3]
 
 
@@ -109,8 +110,7 @@ def _read(generator: Generator, conversations: Sequence[Conversation], mode: Mod
         images = [resize(image, generator.config.vae_transform) for image in items]
         shapes = {image.shape[:2] for image in images}
         if len(shapes) > 1:
-            raise ValueError(f"the images at place {place} come out at {sorted(shapes)}; those of one call need "
-                             "one size")
+            raise ValueError(f"images at place {place} come out at {sorted(shapes)}; one call needs one size")
         size = shapes.pop()
         state = generator.look(state, images, use_vae=not mode.understanding_output)
         state = dataclasses.replace(state, unasked=state.main)
@@ -120,10 +120,10 @@ def _read(generator: Generator, conversations: Sequence[Conversation], mode: Mod
 def _columns(conversations: Sequence[Conversation]) -> list[tuple]:
     """What stands at each place, checked to be of one kind."""
     kinds = {tuple("text" if isinstance(item, str) else "image" for item in one) for one in conversations}
-    if len(kinds) != 1 or not kinds.copy().pop():
+    if len(kinds) != 1 or () in kinds:
         raise ValueError(f"conversations have the forms {sorted(kinds)}; those of one call need one, not empty")
     return list(zip(*conversations, strict=True))
 
 
-def _replace(settings, values):
+def _replace(settings: S, values: dict[str, Any]) -> S:
     return dataclasses.replace(settings, **{name: value for name, value in values.items() if value is not None})

@@ -21,7 +21,8 @@ import tqdm
 from data_pipelines.batch import PackedBatch
 from data_pipelines.pipeline import make_iterator
 from irg_jax.checkpoints.bundle import Bundles, latest_step
-from irg_jax.checkpoints.model import Model, load_model, load_stage_frozen, save_stage_frozen
+from irg_jax.checkpoints.model import Model, save_stage_frozen
+from irg_jax.checkpoints.placement import load_frozen, load_onto
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
@@ -63,15 +64,15 @@ class Placement:
     scalar: Any
 
 
-def open_model(config: TrainConfig, workdir: pathlib.Path) -> Model:
+def find_source(config: TrainConfig, workdir: pathlib.Path) -> str | pathlib.Path:
     """The weights a new stage starts from: a checkpoint, or the EMA of another stage of this workdir."""
     source, separator, weights = config.init_from.partition(":")
     if not separator:
-        return load_model(source)
+        return source
     if weights != "ema" or "/" in source:
         raise ValueError(f"init_from is {config.init_from!r}; use a checkpoint's folder or '<stage>:ema'")
     check_finished(workdir / source)
-    return load_model(workdir / source)
+    return workdir / source
 
 
 def check_finished(folder: pathlib.Path) -> None:
@@ -121,7 +122,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, workdir: pathlib.Path):
         self.config, self.folder = config, workdir / config.stage
         self.start = latest_step(self.folder)
-        source = load_stage_frozen(self.folder) if self.start else open_model(config, workdir)
+        origin = self.folder if self.start else find_source(config, workdir)
+        source = load_frozen(origin)
         check_model(config.data, source.config)
         check_moments(config.data, source)
         if source.tokenizer is None:
@@ -135,19 +137,19 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, config.total_steps, self.model.shapes)
         self.placement = place(self.model, self.vae, self.optimizer, self.mesh)
         self.vae_params = jax.device_put(to_float32(source.vae), self.placement.vae)
-        # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
-        self.bundles = Bundles(self.folder, keep=config.keep)
         with contextlib.ExitStack() as undo:
-            undo.callback(self.bundles.close)
             undo.callback(self.data.close)
-            self.state = self._restore() if self.start else self._create(source)
+            params = None if self.start else load_onto(origin, self.placement.state.params)
+            # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
+            self.bundles = Bundles(self.folder, keep=config.keep)
+            undo.callback(self.bundles.close)
+            self.state = self._restore() if self.start else self._create(source, params)
             undo.pop_all()
         self.step = jax.jit(make_step(self.model, self.vae, config.step_config()), donate_argnums=0,
                             out_shardings=(self.placement.state, self.placement.scalar))
 
-    def _create(self, source: Model) -> TrainState:
+    def _create(self, source: Model, params: Params) -> TrainState:
         save_stage_frozen(self.folder, source)
-        params = jax.device_put(to_float32(source.params), self.placement.state.params)
         create = jax.jit(lambda params: create_state(params, self.optimizer),
                          out_shardings=self.placement.state)
         return create(params)

@@ -1,0 +1,68 @@
+"""A checkpoint straight onto the devices of a mesh: a host holds a few leaves of the network, never all of it."""
+
+import collections
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from irg_jax.checkpoints import names
+from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
+from irg_jax.checkpoints.bundle import restore_ema
+from irg_jax.checkpoints.model import Model, join_leaves, load_stage_frozen, model_slots, open_model
+from irg_jax.checkpoints.store import Reader, damage
+from irg_jax.models.functional import Params
+
+
+def load_frozen(path: str | pathlib.Path) -> Model:
+    """All of a model checkpoint, or of a stage folder, but the network: `params` is empty.
+
+    Raises: as `load_model`, for what it reads.
+    """
+    folder = pathlib.Path(path).absolute()
+    if (folder / BUNDLES).is_dir():
+        return load_stage_frozen(folder)
+    config, tokenizer, reader = open_model(folder)
+    parts = {"vae": model_slots(config)["vae"]}
+    (vae,) = join_leaves(reader.read([f"vae.{slot.leaf}" for slot in parts["vae"]]), parts)
+    return Model(config, tokenizer, {}, vae)
+
+
+def load_onto(path: str | pathlib.Path, shardings: Params) -> Params:
+    """The network in float32, every parameter placed as soon as it is read.
+
+    Args: shardings is a tree of NamedSharding, as the parameters will lie; layers are never split.
+    Raises: as `load_model`.
+    """
+    folder = pathlib.Path(path).absolute()
+    if (folder / BUNDLES).is_dir():
+        shapes = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding),
+                              names.model_shapes(load_stage_frozen(folder).config), shardings)
+        with damage(folder / BUNDLES):
+            return restore_ema(folder, shapes)[0]
+    config, _, reader = open_model(folder)
+    return names.unflatten(dict(_place(reader, model_slots(config)["model"], names.flatten(shardings))))
+
+
+def _place(reader: Reader, slots: list[names.Slot], shardings: dict[str, NamedSharding]
+           ) -> Iterator[tuple[str, jax.Array]]:
+    groups = collections.defaultdict(list)
+    for slot in slots:
+        groups[slot.path].append(slot)
+    leaves = reader.in_turn([f"model.{slot.leaf}" for group in groups.values() for slot in group])
+    for path, group in groups.items():
+        whole = shardings[path]
+        if group[0].layer is None:
+            yield path, _put(next(leaves), whole)
+            continue
+        assert [slot.layer for slot in group] == list(range(len(group)))
+        layer = NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
+        parts = [_put(next(leaves), layer) for _ in group]
+        yield path, jax.jit(lambda *parts: jnp.stack(parts), out_shardings=whole)(*parts)
+
+
+def _put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.device_put(np.asarray(leaf, np.float32), sharding)
