@@ -13,11 +13,12 @@ The weights in assets/shapes_base went a longer way while the recipe was found. 
 a cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder
 that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
-and captions, 4,200 with the weights below, and 1,500 at the shift of `mend`, two thirds of their records
-editing and captions, in packs like its; then 1,200 steps of `mend`. They learnt `draw` and `see` in shorter
-packs: edits were shorter. Expected there: 85 % of questions about scenes are answered right
-(`irg_jax.examine --num 300`); of 300 held-out prompts 36 % are drawn right, 32 % after thinking
-(`bash launch/local.sh`).
+and captions, 4,200 with nearly the weights below, and 1,500 at the shift of `mend`, two thirds of their records
+editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
+medleys; then 550 steps of plain drawing and medleys, places first, and 1,600 of `mend` as it is below. They
+learnt `draw` and `see` in shorter packs: edits were shorter. Expected there: EXAM % of questions about scenes
+are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts BASE % are drawn right, COT % after
+thinking (`bash launch/local.sh`).
 """
 
 import ml_collections

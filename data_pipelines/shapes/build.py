@@ -27,7 +27,6 @@ from data_pipelines.digests import MANIFEST
 from data_pipelines.manifests import digest_files, is_built, partial_folder, publish
 from data_pipelines.shapes import records as shapes
 from data_pipelines.shapes.drafts import SeenDraft, describe_drafts, look_at, read_drafts
-from data_pipelines.shapes.repair import by_turns
 from data_pipelines.sources import COLUMN
 
 PROMPTS = "prompts_heldout.jsonl"
@@ -58,10 +57,9 @@ def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = Fal
     seen = look_at(read_drafts(config.drafts)) if drafts else []
     if drafts and not seen:
         raise ValueError(f"{config.drafts}: every draft shows a held-out combination; draw more")
-    turns = by_turns(seen)
     with tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress:
         for mode, count in config.counts.items():
-            _write_mode(partial / "train" / mode, _conversations(mode, config, turns), count, config, progress)
+            _write_mode(partial / "train" / mode, _conversations(mode, config, seen), count, config, progress)
     (partial / PROMPTS).write_text("".join(prompts), encoding="utf-8")
     versions = {"numpy": np.__version__, "pillow": PIL.__version__,
                 "pyarrow": pyarrow.__version__}

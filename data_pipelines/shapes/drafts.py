@@ -1,11 +1,13 @@
 """Drafts: pictures that the base model drew for training prompts, the first images of improving records.
 
-    DIR/0000.parquet ...   columns prompt, request, planned (JSON), image (PNG); written by `irg_jax.draft`
+    DIR/0000.parquet ...   columns prompt, request, planned, wanted (JSON), image (PNG); by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
-Each was drawn after a plan, a scene that would fulfil the request, told as a caption; the record tells it too.
-A critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
-show a held-out combination are left out and counted: no training picture may.
+Each was drawn from a caption, most after the plan that the record tells. Some plans miss the request in one point,
+as a model's own do: who learnt from right plans alone would hold the picture against the plan, never against the
+prompt. Some pictures were drawn with one point otherwise than planned: where pictures are as planned, one learns
+to repeat the plan instead of looking. The critic (the detector) says what each shows, and a painter (`repair`) what it should have
+shown. Drafts that show a held-out combination are left out and counted: no training picture may.
 """
 
 import io
@@ -24,23 +26,27 @@ from data_pipelines.digests import MANIFEST, file_sha256, write_json
 from data_pipelines.images import decode_image
 from data_pipelines.shapes import language
 from data_pipelines.shapes.detect import Detection, detect_background, survey
+from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.sample import sample_request, sample_scene
 from data_pipelines.shapes.scene import Request, Scene
 from data_pipelines.shapes.split import is_training
 
 SCHEMA = pyarrow.schema([("prompt", pyarrow.string()), ("request", pyarrow.string()),
-                         ("planned", pyarrow.string()), ("image", pyarrow.binary())])
+                         ("planned", pyarrow.string()), ("wanted", pyarrow.string()),
+                         ("image", pyarrow.binary())])
+MISPLANNED_SHARE, MISDRAWN_SHARE = 0.2, 0.3
 PER_FILE = 500
 MAX_PIXELS = 2**20
 
 
 class Draft(NamedTuple):
-    """A training prompt, the scene that was planned for it, and what the base model drew: uint8 [H, W, 3]."""
+    """A training prompt, the plan for it, a scene that would do, and what the base drew: uint8 [H, W, 3]."""
 
     prompt: str
     request: Request
     planned: Scene
+    wanted: Scene      # the plan, or what it should have been
     image: np.ndarray
 
 
@@ -54,26 +60,32 @@ class SeenDraft(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A training prompt, what it asks for, a scene that would do, and the caption to draw it from."""
+    """As a `Draft`, before it is drawn from the caption."""
 
     prompt: str
     request: Request
     planned: Scene
+    wanted: Scene
     caption: str
 
 
 def order_draft(rng: np.random.Generator) -> Order:
     """One order, drawn at random."""
     request = sample_request(rng, split="train")
-    planned = sample_scene(rng, request, split="train")
-    return Order(language.prompt(rng, request), request, planned, language.caption(rng, planned))
+    planned = drawn = wanted = sample_scene(rng, request, split="train")
+    chance = rng.random()
+    if chance < MISPLANNED_SHARE + MISDRAWN_SHARE:
+        drawn, _ = make_flawed(rng, request, wanted, split="train")
+    if chance < MISPLANNED_SHARE:
+        planned = drawn
+    return Order(language.prompt(rng, request), request, planned, wanted, language.caption(rng, drawn))
 
 
 def write_part(path: pathlib.Path, drafts: Iterable[Draft]) -> None:
     """One parquet file, whole or absent."""
     to_json = lambda part: json.dumps(part.to_json(), sort_keys=True)
     rows = [{"prompt": draft.prompt, "request": to_json(draft.request), "planned": to_json(draft.planned),
-             "image": _to_png(draft.image)} for draft in drafts]
+             "wanted": to_json(draft.wanted), "image": _to_png(draft.image)} for draft in drafts]
     temporary = path.with_name(f".{path.name}.partial")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), temporary,
                                 write_page_checksum=True)
@@ -111,14 +123,17 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
             place = f"{path} row {row}"
             try:
                 request = Request.from_json(json.loads(values["request"]))
-                planned = Scene.from_json(json.loads(values["planned"]))
+                planned, wanted = (Scene.from_json(json.loads(values[name])) for name in ("planned", "wanted"))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
-            if judge(request, planned.things, planned.background) or not is_training(planned):
-                raise ValueError(f"{place}: the planned scene does not fulfil the request, or shows what is "
-                                 "held out; draw the drafts again")
+            if judge(request, wanted.things, wanted.background) or not planned.things:
+                raise ValueError(f"{place}: the scene that is wanted does not fulfil the request, or nothing is "
+                                 "planned; draw the drafts again")
+            if not (is_training(planned) and is_training(wanted)):
+                raise ValueError(f"{place}: the plan, or what is wanted, shows what is held out; draw the drafts "
+                                 "again")
             image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
-            drafts.append(Draft(values["prompt"], request, planned, image))
+            drafts.append(Draft(values["prompt"], request, planned, wanted, image))
     return drafts
 
 

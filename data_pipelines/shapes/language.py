@@ -63,7 +63,7 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
     """The plan before drawing, in think tags: what, which colour, where. At most 30 words."""
     items = _placed(scene)
-    if request.relation and len(items) <= 2:
+    if request.relation and len(items) == 2:
         items[0] += f", {request.relation} the {scene.things[1].shape}"
     opening = pick(rng, ("the plan.", "i plan this.", "the picture needs this.", "i will draw this."))
     return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")

@@ -138,7 +138,7 @@ def _sample_story(rng: np.random.Generator, split: str) -> Story:
 def _flawed_draft(rng: np.random.Generator, split: str, side: int) -> SeenDraft:
     """A stand-in for a draft: rendered, with one flaw or none."""
     story = _sample_story(rng, split)
-    draft = Draft(story.prompt, story.request, story.right, render(story.flawed, side=side))
+    draft = Draft(story.prompt, story.request, story.right, story.right, render(story.flawed, side=side))
     return SeenDraft(draft, story.flawed.things, story.flawed.background)
 
 
@@ -219,7 +219,7 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
 def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     """As `_edit_turns`, of a picture that the model drew itself."""
     draft = seen.draft
-    edit = edit_draft(rng, draft.request, draft.prompt, draft.planned, repair_draft(seen))
+    edit = edit_draft(rng, draft.request, draft.prompt, draft.wanted, repair_draft(seen))
     return _tell(edit, draft.image, side)
 
 

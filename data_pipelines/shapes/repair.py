@@ -2,7 +2,8 @@
 
 A draft is a picture that the base model drew after a plan; a detector has said what is in it. If it shows what
 the request asks for and nothing else it is right as it is, whatever was planned. Else the right scene is the
-planned one: things of the draft are paired with those planned, and what misses the request is a `Flaw`.
+wanted one, which is the plan or what it should have been: things of the draft are paired with those wanted, and
+what misses the request is a `Flaw`.
 """
 
 import dataclasses
@@ -27,39 +28,27 @@ NEAR = 0.12  # of the image side: what moved no further than that was not moved
 def repair_draft(seen: SeenDraft) -> Repair:
     """What a draft shows and should show: see `repair`."""
     draft = seen.draft
-    return repair(draft.request, draft.planned, seen.things, seen.background, num_blobs=seen.num_blobs)
+    return repair(draft.request, draft.wanted, seen.things, seen.background, num_blobs=seen.num_blobs)
 
 
-def by_turns(drafts: Sequence[SeenDraft]) -> list[SeenDraft]:
-    """Wrong drafts and right ones by turns, the fewer ones again and again.
-
-    A good base draws few wrong ones, and it is they that there is something to learn from.
-    """
-    kinds: dict[bool, list[SeenDraft]] = {True: [], False: []}
-    for seen in drafts:
-        kinds[bool(repair_draft(seen).flaws)].append(seen)
-    lists = [kind for kind in kinds.values() if kind]
-    return [kind[i % len(kind)] for i in range(max(map(len, lists), default=0)) for kind in lists]
-
-
-def repair(request: Request, planned: Scene, seen: Sequence[Sighting], background: str, *,
+def repair(request: Request, wanted: Scene, seen: Sequence[Sighting], background: str, *,
            num_blobs: int = 0) -> Repair:
     """The draft itself if it is right, even with things closer together than scenes are made; else the plan.
 
-    `planned` fulfils the request and may be trained on. A draft with blobs, which are no things, is drawn
+    `wanted` fulfils the request and may be trained on. A draft with blobs, which are no things, is drawn
     afresh if it is not right: nothing said of its things would mend it. The judge lets more things pass than
     were asked for; here they are flaws, for a right scene shows nothing else.
     """
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
     same = Scene(request.category, tuple(map(_inside, things)), background)
-    paired = tuple(things[i] if i is not None else None for i in _pair(planned.things, things))
+    paired = tuple(things[i] if i is not None else None for i in _pair(wanted.things, things))
     if (len(things) == request.num_things and is_training(same)
             and not any(judge(request, scene.things, background) for scene in (draft, same))):
         return Repair(draft, same, (), paired)
-    blob = Flaw("blob", wanted=planned.things)
-    flaws = (blob,) if num_blobs else _list_flaws(request, draft, planned, paired)
-    return Repair(draft, planned, flaws, paired)
+    blob = Flaw("blob", wanted=wanted.things)
+    flaws = (blob,) if num_blobs else _list_flaws(request, draft, wanted, paired)
+    return Repair(draft, wanted, flaws, paired)
 
 
 def _pair(wanted: Sequence[Thing], things: Sequence[Thing]) -> list[int | None]:

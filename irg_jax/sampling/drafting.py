@@ -31,7 +31,7 @@ def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out:
             orders = [order_draft(generator(seed, "draft", index)) for index in padded]
             seeds = [int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) for index in padded]
             turns = drawer.text_to_image([order.caption for order in orders], seeds=seeds)
-            drafts += [Draft(order.prompt, order.request, order.planned, turn.image)
+            drafts += [Draft(*order[:4], turn.image)
                        for order, turn, _ in zip(orders, turns, batch)]
             progress.update(len(batch))
         write_part(path, drafts)
