@@ -27,7 +27,8 @@ def stage(request):
     config = from_config_dict(TrainConfig, load_config(f"configs/{request.param}.py"))
     model = Functional(lambda rngs: IRG(RELEASE, rngs=rngs))
     optimizer = make_optimizer(config.optimizer, config.total_steps, model.shapes)
-    return config, model, optimizer, jax.eval_shape(lambda params: create_state(params, optimizer), model.shapes)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer), model.shapes)
+    return config, model, optimizer, state
 
 
 def num_bytes(tree) -> int:
@@ -53,7 +54,7 @@ def test_every_mesh_splits_it_evenly(stage, sizes):
     check_share(config, mesh)
     layout = place(model, Functional(lambda rngs: make_autoencoder(RELEASE, rngs=rngs)), optimizer, mesh)
     assert jax.tree.structure(layout.state) == jax.tree.structure(state)
-    own = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype),
-                       state, layout.state)
+    part = lambda leaf, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
+    own = jax.tree.map(part, state, layout.state)
     share = num_bytes(own) / (num_bytes(state) / math.prod(sizes[1:]))
     assert 1 <= share < 1.15

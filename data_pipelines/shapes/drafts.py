@@ -3,11 +3,13 @@
     DIR/0000.parquet ...   columns prompt, request, planned, wanted (JSON), image (PNG); by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
-Each was drawn from a caption, most after the plan that the record tells. Some plans miss the request in one point,
-as a model's own do: who learnt from right plans alone would hold the picture against the plan, never against the
-prompt. Some pictures were drawn with one point otherwise than planned: where pictures are as planned, one learns
-to repeat the plan instead of looking. The critic (the detector) says what each shows, and a painter (`repair`) what it should have
-shown. Drafts that show a held-out combination are left out and counted: no training picture may.
+Each was drawn from a caption, most after the plan that the record tells. Some plans miss the request in one
+point, as a model's own do: who learnt from right plans alone would hold the picture against the plan, never
+against the prompt. Some pictures were drawn with one point otherwise than planned: where pictures are as
+planned, one learns to repeat the plan instead of looking.
+
+The critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
+show a held-out combination are left out and counted: no training picture may.
 """
 
 import io
@@ -127,11 +129,11 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
             if judge(request, wanted.things, wanted.background) or not planned.things:
-                raise ValueError(f"{place}: the scene that is wanted does not fulfil the request, or nothing is "
-                                 "planned; draw the drafts again")
+                raise ValueError(f"{place}: the scene that is wanted does not fulfil the request, or nothing "
+                                 "is planned; draw the drafts again")
             if not (is_training(planned) and is_training(wanted)):
-                raise ValueError(f"{place}: the plan, or what is wanted, shows what is held out; draw the drafts "
-                                 "again")
+                raise ValueError(f"{place}: the plan, or what is wanted, shows what is held out; draw the "
+                                 "drafts again")
             image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
             drafts.append(Draft(values["prompt"], request, planned, wanted, image))
     return drafts

@@ -1,4 +1,4 @@
-"""A checkpoint straight onto the devices of a mesh: a host holds a few leaves of the network, never all of it."""
+"""A checkpoint straight onto the devices of a mesh: a host holds a few leaves of the network, never all."""
 
 import collections
 import pathlib
