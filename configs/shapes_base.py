@@ -79,7 +79,7 @@ def _stages() -> dict:
             max_tokens_per_record=224),
         "read": _stage(
             "read", "see", 2000, schedule="constant", ema_decay=0.99, text_dropout=0.0,
-            weights={"reading": 3.0, "naming": 1.0},
+            weights={"reading": 3.0, "naming": 1.0, "comparing": 2.0, "rephrasing": 1.0},
             packs_per_step=12, text_tokens=288, vit_tokens=0, latent_tokens=16, images=1,
             max_tokens_per_record=300),
         "train": _stage(
@@ -87,7 +87,8 @@ def _stages() -> dict:
             # Layout is decided in the noisiest fifth of the way, which a shift of 1.5 hardly visits.
             timestep_shift=4.0,
             weights={"text_to_image": 1.5, "captioned": 1.5, "medley": 2.0, "description": 1.0, "editing": 4.0,
-                     "understanding": 2.5, "captioning": 2.5, "reading": 0.5, "naming": 1.0},
+                     "understanding": 2.0, "captioning": 2.0, "verifying": 2.0, "reading": 0.5, "naming": 0.5,
+                     "comparing": 1.0, "rephrasing": 0.5},
             packs_per_step=12, text_tokens=176, vit_tokens=48, latent_tokens=80, images=5,
             max_tokens_per_record=272),
         "mend": _stage(
@@ -95,7 +96,8 @@ def _stages() -> dict:
             # Layout is known by now; which shape a thing has is decided later on the way.
             timestep_shift=2.5,
             weights={"text_to_image": 1.0, "captioned": 2.5, "medley": 4.0, "description": 0.5, "editing": 2.0,
-                     "mending": 3.0, "understanding": 0.7, "captioning": 1.5, "reading": 0.4, "naming": 0.3},
+                     "mending": 3.0, "understanding": 0.7, "captioning": 1.5, "verifying": 1.0, "reading": 0.4,
+                     "naming": 0.3, "comparing": 0.5, "rephrasing": 0.3},
             packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=80, images=5,
             max_tokens_per_record=240),
     }

@@ -19,6 +19,7 @@ HOW_TO_THINK = "how should one think about the prompt before drawing this pictur
 HOW_TO_IMPROVE = "how should one improve the first picture to get the second one?"
 
 WHAT_IS_WHERE = "what is where?"
+SAY_PLAINLY = "say it plainly."
 REDRAW = "clear the picture and draw all anew"
 
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
@@ -197,6 +198,18 @@ def questions(rng: np.random.Generator, scene: Scene, num: int) -> list[tuple[st
     while len(asked) < num:
         asked.update((question(rng, scene),))
     return list(asked.items())
+
+
+def plainly(request: Request) -> str:
+    """What is asked for in the plainest words."""
+    return ask(None, request) + (f" on a {request.background} background." if request.background else ".")
+
+
+def doubt(rng: np.random.Generator, request: Request, flaws: Sequence[Flaw], shown: Scene, right: Scene
+          ) -> tuple[str, str]:
+    """Whether the scene that is shown is what is asked for, and the answer, which says what is not."""
+    asked = ask(rng, request) + (f" on a {request.background} background" if request.background else "")
+    return f"is it {asked}?", f"no, {_remedy(request, flaws[0], shown, right)[0]}." if flaws else "yes."
 
 
 def tagged(text: str) -> str:

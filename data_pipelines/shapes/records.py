@@ -21,6 +21,9 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     naming                            system, prompt, describe*; both in other words
     mending                           as editing, image1 being the model's own
     medley                            as captioned, every thing of a shape of its own
+    verifying                         image (ViT only), question, yes or no*
+    comparing                         caption, question, yes or no*
+    rephrasing                        prompt, question, the same in plain words*
 """
 
 import base64
@@ -54,10 +57,11 @@ MODES = (
     "improving_full",
 )
 BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
-              "naming", "mending", "medley")
+              "naming", "mending", "medley", "verifying", "comparing", "rephrasing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
+DOUBTFUL_SHARE = 0.5    # of what is compared with a prompt
 # Of the pictures that the base is shown: drawn crookedly, as it draws itself.
 SKETCHED_SHARE = 0.5
 
@@ -200,6 +204,11 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
         case "reading":
             told, asked = read_caption(rng, story.right)
             return [_user(told), *_answered(asked)]
+        case "verifying" | "comparing":
+            return _compared_turns(mode, rng, story, side)
+        case "rephrasing":
+            return [_user(story.prompt), _user(language.SAY_PLAINLY),
+                    _assistant(_text(language.plainly(story.request)))]
         case "naming":
             prompt, thought = name_things(rng, story.prompt, story.right)
             return [_user(language.SYSTEM_PROMPT), _user(prompt), _assistant(_text(thought))]
@@ -208,6 +217,14 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
 
 def _captioned_turns(rng: np.random.Generator, scene: Scene, side: int) -> list[Turn]:
     return [_user(language.caption(rng, scene)), _assistant(_drawn(scene, side))]
+
+
+def _compared_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+    is_wrong = bool(story.flaws) and rng.random() < DOUBTFUL_SHARE / (1 - FLAWLESS_SHARE)
+    scene, flaws = (story.flawed, story.flaws) if is_wrong else (story.right, ())
+    first = (_user(language.caption(rng, scene)) if mode == "comparing" else
+             _assistant(_image(scene, side, shown(rng, scene, side), need_vit=True)))
+    return [first, *_answered([language.doubt(rng, story.request, flaws, scene, story.right)])]
 
 
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
