@@ -3,7 +3,7 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set (8 minutes), trains a tokenizer and the autoencoder (15), computes moments (10), trains the
+builds the data set (10 minutes), trains a tokenizer and the autoencoder (15), computes moments (10), trains the
 network to draw (60), its vision encoder by itself (5), the network on plain text-to-image, captions,
 questions and editing (65), on text alone (20), on all of it (75) and on edits of 5,000 pictures that it drew
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
@@ -15,8 +15,8 @@ that did not tell places, 2,573 in which that was found out, the encoder's own t
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
 and captions, 4,200 with nearly the weights below, and 1,500 at the shift of `mend`, two thirds of their records
 editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
-medleys; then 550 steps of plain drawing and medleys, places first, and 1,600 of `mend` as it is below. They
-learnt `draw` and `see` in shorter packs: edits were shorter. Expected there: EXAM % of questions about scenes
+medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, and 600 in which
+comparisons were half of it. They learnt `draw` and `see` in shorter packs: edits were shorter. Expected there: EXAM % of questions about scenes
 are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts BASE % are drawn right, COT % after
 thinking (`bash launch/local.sh`).
 """
