@@ -15,10 +15,10 @@ that did not tell places, 2,573 in which that was found out, the encoder's own t
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
 and captions, 4,200 with nearly the weights below, and 1,500 at the shift of `mend`, two thirds of their records
 editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
-medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, and 600 in
-which comparisons were half of it. They learnt `draw` and `see` in shorter packs: edits were shorter. Expected
-there: 84 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts
-33 % are drawn right, 31 % after thinking (`bash launch/local.sh`).
+medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, and
+600 in which comparisons were half of it. They learnt `draw` and `see` in shorter packs: edits were shorter.
+Expected there: 84 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out
+prompts 33 % are drawn right, 31 % after thinking (`bash launch/local.sh`).
 """
 
 import ml_collections
