@@ -3,7 +3,7 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set (10 minutes), trains a tokenizer and the autoencoder (15), computes moments (10), trains the
+builds the data set (10 minutes), trains a tokenizer and the autoencoder (15), computes moments (13), trains the
 network to draw (60), its vision encoder by itself (5), the network on plain text-to-image, captions,
 questions and editing (65), on text alone (20), on all of it (75) and on edits of 5,000 pictures that it drew
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
@@ -13,7 +13,7 @@ The weights in assets/shapes_base went a longer way while the recipe was found. 
 a cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder
 that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
 it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
-and captions, 4,200 with nearly the weights below, and 1,500 at the shift of `mend`, two thirds of their records
+and captions, 4,200 with about the weights below, and 1,500 at the shift of `mend`, two thirds of their records
 editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
 medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, and
 600 in which comparisons were half of it. They learnt `draw` and `see` in shorter packs: edits were shorter.

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data_pipelines.images import resize
 from irg_jax import infer as infer_command
 from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.trajectory import Generator
@@ -53,8 +54,9 @@ def test_an_image_and_an_instruction_are_an_edit_of_its_size(generator):
     assert used(state.unseen) == [length("blue"), length("a")]
     assert used(state.main) == [LATENTS + PATCHES + length(text) for text in ("blue", "a")]
     by_hand = Generator(make_model(), SETTINGS)
-    expected = by_hand.draw(by_hand.show(IMAGES, ["blue", "a"], seeds=[0, 1]), flow=SETTINGS.turn2, height=32,
-                            width=32)
+    images = [resize(image, SETTINGS.vae_transform) for image in IMAGES]
+    state = by_hand.ask(by_hand.look(by_hand.start([0, 1], system=False), images), ["blue", "a"])
+    expected = by_hand.draw(state, flow=SETTINGS.turn2, height=32, width=32)
     for (answer,), image in zip(answers, expected, strict=True):
         np.testing.assert_array_equal(answer.image, image)
 

@@ -14,6 +14,7 @@ from data_pipelines.config import ImageTransform
 from data_pipelines.images import resize, target_size
 from irg_jax.models.irg import unpack_latent
 from irg_jax.sampling.config import TextConfig
+from irg_jax.sampling.modes import ModeConfig, read
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import encode_latents, token_losses
 from irg_jax.training.optimizer import learning_rate, make_optimizer
@@ -240,8 +241,9 @@ def test_plain_text_to_image(case):
 def test_editing(case):
     values, noise = case.values["edit"], ["edit.noise"] * 2
     editor = generator(case, noise, values, turn2=flow(values["args"]))
-    state = editor.show([case.arrays["edit.image_uint8"]], [numbers(values["instruction"])],
-                        seeds=[0])
+    said = (case.arrays["edit.image_uint8"], numbers(values["instruction"]))
+    state, size = read(editor, [said], ModeConfig(), seeds=[0])
+    assert size == (values["height"], values["width"])
     latent = editor.draw_latent(state, height=values["height"], width=values["width"])
     relative("editing: latent", latent[0], case.arrays["edit.latent"], LATENT)
 
@@ -252,8 +254,8 @@ def test_understanding(case):
     whole = [patch, side * patch, patch]  # the golden image is given in its final size
     chat = generator(case, [], {**case.values["infer"], "vit_transform": whole},
                      text=TextConfig(max_length=len(logits), do_sample=False))
-    state = chat.show([case.arrays["chat.image_uint8"]], [numbers(values["question"])], seeds=[0],
-                      use_vae=False)
+    state = chat.look(chat.start([0], system=False), case.arrays["chat.image_uint8"][None], use_vae=False)
+    state = chat.ask(state, [numbers(values["question"])])
     written = chat.write(state, want_logits=True)
     length = int(written.lengths[0])
     assert np.asarray(written.ids)[0, :length].tolist() == values["answer_raw"]

@@ -31,7 +31,7 @@ class Flaw:
 class Repair:
     """A first picture as it was seen, the scene it should have been, and what lies between them.
 
-    `seen` has for each planned thing the one that was drawn for it, None if there is none. Without flaws the
+    `seen` has for each wanted thing the one that was drawn for it, None if there is none. Without flaws the
     first picture fulfils the request, and `right` is it, drawn cleanly.
     """
 
@@ -42,7 +42,7 @@ class Repair:
 
     @property
     def extra(self) -> tuple[Thing, ...]:
-        """What was drawn beside what was planned."""
+        """What was drawn beside what was wanted."""
         return tuple(thing for thing in self.draft.things if thing not in self.seen)
 
 

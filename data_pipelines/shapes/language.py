@@ -93,7 +93,7 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
 def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     """The look back, in think tags: what is there, what is wrong with it, then the three headed parts.
 
-    It goes through the plan thing by thing and says at once what is otherwise, so that the verdict can be
+    It goes through what is wanted thing by thing and says at once what is otherwise, so that the verdict can be
     read from it. Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS
     words would be needed; the final prompt tells all of the right scene, or what was asked for if it is there.
     """
@@ -112,14 +112,14 @@ def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
 
 
 def _looked_over(repair: Repair) -> str:
-    """What is there, in the order of the plan, with what should be there instead."""
+    """What is there, in the order of what is wanted, with what should be there instead."""
     full = len(repair.seen) <= 2
     wrong = {seen: (flaw.kind, wanted) for flaw in reversed(repair.flaws)
              for seen, wanted in zip(flaw.seen, flaw.wanted)}
     items = []
-    for planned, seen in enumerate(repair.seen):
+    for wanted, seen in zip(repair.right.things, repair.seen):
         if seen is None:
-            items.append(f"no {_name(repair.right.things[planned])}")
+            items.append(f"no {_name(wanted)}")
             continue
         otherwise = f", not {_instead(*wrong[seen])}" if seen in wrong else ""
         items.append(f"{_at(seen, full=full)}{otherwise}")

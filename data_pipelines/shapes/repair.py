@@ -33,7 +33,7 @@ def repair_draft(seen: SeenDraft) -> Repair:
 
 def repair(request: Request, wanted: Scene, seen: Sequence[Sighting], background: str, *,
            num_blobs: int = 0) -> Repair:
-    """The draft itself if it is right, even with things closer together than scenes are made; else the plan.
+    """The draft itself if it is right, even with things closer together than scenes are made; else `wanted`.
 
     `wanted` fulfils the request and may be trained on. A draft with blobs, which are no things, is drawn
     afresh if it is not right: nothing said of its things would mend it. The judge lets more things pass than
@@ -52,7 +52,7 @@ def repair(request: Request, wanted: Scene, seen: Sequence[Sighting], background
 
 
 def _pair(wanted: Sequence[Thing], things: Sequence[Thing]) -> list[int | None]:
-    """For each planned thing the index of the one that was drawn for it, None if there is none."""
+    """For each wanted thing the index of the one that was drawn for it, None if there is none."""
     cost = np.full((len(wanted), len(things) + len(wanted)), UNPAIRED_COST)
     cost[:, :len(things)] = np.array([[_distance(one, thing) for thing in things] for one in wanted]
                                      ).reshape(len(wanted), len(things))
@@ -76,7 +76,7 @@ def _inside(thing: Thing) -> Thing:
 
 def _list_flaws(request: Request, draft: Scene, right: Scene,
                 drawn: Sequence[Thing | None]) -> tuple[Flaw, ...]:
-    """What must change, the worst first; of what was planned only what was asked for too."""
+    """What must change, the worst first; of what is wanted only what was asked for too."""
     slots = [group for group in request.groups for _ in range(group.count)]
     paired = [(slot, seen, wanted) for slot, seen, wanted in zip(slots, drawn, right.things) if seen]
     flaws = []

@@ -81,7 +81,7 @@ def infer(generator: Generator, conversations: Sequence[Conversation], mode: Mod
     if mode.think and not generator.config.system_prompt:
         raise ValueError("think is set, but the generator has no system_prompt that says how to think")
     write = lambda state: generator.decode(generator.write(state, settings=mode.text(generator.config.text)))
-    state, (height, width) = _read(generator, conversations, mode, seeds)
+    state, (height, width) = read(generator, conversations, mode, seeds)
     if mode.understanding_output:
         return [(Answer(text, None),) for text in write(state)]
     turns = []
@@ -98,9 +98,12 @@ def infer(generator: Generator, conversations: Sequence[Conversation], mode: Mod
     return [tuple(Answer(texts[i], images[i]) for texts, images in turns) for i in range(len(conversations))]
 
 
-def _read(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig,
-          seeds: Sequence[int]) -> tuple[State, tuple[int, int]]:
-    """The state after all that is said and shown, and the size of the image to be drawn."""
+def read(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig,
+         seeds: Sequence[int]) -> tuple[State, tuple[int, int]]:
+    """The state after all that is said and shown, and the size (height, width) of the image to be drawn.
+
+    As in the original an image is resized by the VAE rule first, then once more for each encoder.
+    """
     size = generator.config.height, generator.config.width
     state = generator.start(seeds, system=mode.think)
     for place, items in enumerate(_columns(conversations)):

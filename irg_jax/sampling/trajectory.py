@@ -113,16 +113,6 @@ class Generator:
         """Reads what the user says."""
         return self._read(state, texts, unasked=state.main)
 
-    def show(self, images: Sequence[np.ndarray], texts: Sequence[str], *, seeds: Sequence[int],
-             use_vae: bool = True) -> State:
-        """Begins with images of the user and a text about each.
-
-        For editing the original resizes by the VAE rule first, then once more for each encoder.
-        """
-        if use_vae:
-            images = [resize(image, self.config.vae_transform) for image in images]
-        return self.ask(self.look(self.start(seeds, system=False), images, use_vae=use_vae), texts)
-
     def begin(self, prompts: Sequence[str], *, seeds: Sequence[int], system: bool = True) -> State:
         """Reads the prompts, after the system prompt if `system`."""
         return self.ask(self.start(seeds, system=system), prompts)
