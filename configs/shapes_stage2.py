@@ -13,7 +13,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
     """Args: size is "full" or "quick"."""
     if size not in ("full", "quick"):
         raise ValueError(f"shapes_stage2 has the sizes full and quick, not {size!r}")
-    steps = 1200 if size == "full" else 4
+    steps = 1100 if size == "full" else 4
     return ml_collections.ConfigDict({
         "stage": "stage2",
         "init_from": "stage1:ema",

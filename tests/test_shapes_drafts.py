@@ -29,6 +29,7 @@ from data_pipelines.shapes.records import MODES, generator, record
 from data_pipelines.shapes.render import render
 from data_pipelines.shapes.scene import Group, Request, Scene, Thing
 from data_pipelines.shapes.score import score
+from data_pipelines.shapes.sketch import sketch
 from data_pipelines.sources import ParquetRows
 from irg_jax.sampling import drafting
 from irg_jax.sampling.trajectory import Turn
@@ -92,6 +93,20 @@ def test_an_improving_record_starts_from_its_draft(mode, drafts):
             plan = turns[2]["content"][0]["content"]
             assert all(f"{thing.colour} {thing.shape}" in plan for thing in one.draft.planned.things)
         assert all(score(one.draft.request, image).correct for image in rest)
+
+
+@pytest.mark.parametrize("mode", ["improving_thinking_understanding", "improving_full", "mending"])
+def test_what_is_right_stays_as_it_was_drawn_down_to_the_pixel(mode):
+    kept = 0
+    orders = [order_draft(generator(3, "right", index))[:4] for index in range(24)]
+    drafts = [Draft(*order, sketch(np.random.default_rng(0), render(order[3]))) for order in orders]
+    for index, seen in enumerate(look_at(drafts)):
+        first, second = pictures(turns := record(mode, generator(0, mode, index), draft=seen))
+        np.testing.assert_array_equal(first, seen.draft.image)
+        is_kept = "draw the same picture again" in str(turns)
+        assert np.array_equal(second, seen.draft.image) == is_kept
+        kept += is_kept
+    assert kept > 5
 
 
 def test_initial_records_do_not_see_drafts(drafts):

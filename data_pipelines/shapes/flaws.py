@@ -31,19 +31,12 @@ class Flaw:
 class Repair:
     """A first picture as it was seen, the scene it should have been, and what lies between them.
 
-    `seen` has for each wanted thing the one that was drawn for it, None if there is none. Without flaws the
-    first picture fulfils the request, and `right` is it, drawn cleanly.
+    Without flaws the first picture fulfils the request, and `right` is the same scene.
     """
 
     draft: Scene
     right: Scene
     flaws: tuple[Flaw, ...]
-    seen: tuple[Thing | None, ...]
-
-    @property
-    def extra(self) -> tuple[Thing, ...]:
-        """What was drawn beside what was wanted."""
-        return tuple(thing for thing in self.draft.things if thing not in self.seen)
 
 
 def make_flawed(

@@ -91,63 +91,31 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
-    """The look back, in think tags: what is there, what is wrong with it, then the three headed parts.
+    """The look back, in think tags: what is there, whether it is what was asked for, then the three headed parts.
 
-    It goes through what is wanted thing by thing and says at once what is otherwise, so that the verdict can be
-    read from it. Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS
-    words would be needed; the final prompt tells all of the right scene, or what was asked for if it is there.
+    The first two are said as the base says them of any picture, in reading order (`caption`) and then as the
+    answer to `doubt`: what was planned is no help there, so it cannot be repeated instead of looking.
+    Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
+    needed; the final prompt tells all of the right scene, or what was asked for if it is there.
     """
     flaws, right = repair.flaws, repair.right
     remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
-    if any(step == REDRAW for *_, step in remedies):
+    if not flaws or any(step == REDRAW for *_, step in remedies):
         keep = ""
-    final = "; ".join((*_placed(right), f"{right.background} background")) if flaws else ask(None, request)
-    opening = (f"i look at the picture. {_looked_over(repair)}. looking again, "
-               f"there is {'a' if flaws else 'no'} flaw:")
+    final = caption(None, right) if flaws else plainly(request)
+    opening = f"i look at the picture. {caption(None, repair.draft)} {_is_it(None, request)}"
     text = _four_parts(remedies, opening, keep, final)
     if len(text.split()) > MAX_WORDS:
         text = _four_parts(remedies[:1], opening, keep, final)
-    return tagged(f"{text}.")
-
-
-def _looked_over(repair: Repair) -> str:
-    """What is there, in the order of what is wanted, with what should be there instead."""
-    full = len(repair.seen) <= 2
-    wrong = {seen: (flaw.kind, wanted) for flaw in reversed(repair.flaws)
-             for seen, wanted in zip(flaw.seen, flaw.wanted)}
-    items = []
-    for wanted, seen in zip(repair.right.things, repair.seen):
-        if seen is None:
-            items.append(f"no {_name(wanted)}")
-            continue
-        otherwise = f", not {_instead(*wrong[seen])}" if seen in wrong else ""
-        items.append(f"{_at(seen, full=full)}{otherwise}")
-    items += [f"also {_at(thing, full=full)}" for thing in repair.extra[:MAX_REMOVED]]
-    is_other = any(flaw.kind == "background" for flaw in repair.flaws)
-    otherwise = f", not {repair.right.background}" if is_other else ""
-    return "; ".join((*items, f"{repair.draft.background} background{otherwise}"))
-
-
-def _instead(kind: str, wanted: Thing) -> str:
-    """What a thing should be, after "not"."""
-    match kind:
-        case "shape":
-            return _counted(1, wanted.shape)
-        case "colour":
-            return wanted.colour
-        case "texture":
-            return wanted.texture
-        case "size":
-            return f"{size_word(wanted)}"   # a size was asked for, so there is a word for it
-    return f"at {where(wanted)}"
+    return tagged(text)
 
 
 def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, final: str) -> str:
     problem, need, step = (f"{separator} ".join(parts)
                            for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     first, second, third = HEADINGS
-    return f"{opening} {problem}.\n{first}\n{need}.\n{second}\n{step}.{keep}\n{third}\n{final}"
+    return f"{opening} {_verdict(problem)}\n{first}\n{need}.\n{second}\n{step}.{keep}\n{third}\n{final}"
 
 
 def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
@@ -158,8 +126,7 @@ def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw
     return f"{step}{keep}."
 
 
-_PRAISE = ("the image shows all that the prompt asks for", "no change is needed",
-           "draw the same picture again")
+_PRAISE = ("", "no change is needed", "draw the same picture again")   # no problem, hence what to do
 
 
 def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -202,14 +169,26 @@ def questions(rng: np.random.Generator, scene: Scene, num: int) -> list[tuple[st
 
 def plainly(request: Request) -> str:
     """What is asked for in the plainest words."""
-    return ask(None, request) + (f" on a {request.background} background." if request.background else ".")
+    return f"{_asked(None, request)}."
 
 
 def doubt(rng: np.random.Generator, request: Request, flaws: Sequence[Flaw], shown: Scene, right: Scene
           ) -> tuple[str, str]:
     """Whether the scene that is shown is what is asked for, and the answer, which says what is not."""
-    asked = ask(rng, request) + (f" on a {request.background} background" if request.background else "")
-    return f"is it {asked}?", f"no, {_remedy(request, flaws[0], shown, right)[0]}." if flaws else "yes."
+    problem = _remedy(request, flaws[0], shown, right)[0] if flaws else ""
+    return _is_it(rng, request), _verdict(problem)
+
+
+def _is_it(rng: np.random.Generator | None, request: Request) -> str:
+    return f"is it {_asked(rng, request)}?"
+
+
+def _verdict(problem: str) -> str:
+    return f"no, {problem}." if problem else "yes."
+
+
+def _asked(rng: np.random.Generator | None, request: Request) -> str:
+    return ask(rng, request) + (f" on a {request.background} background" if request.background else "")
 
 
 def tagged(text: str) -> str:

@@ -168,14 +168,15 @@ def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side:
     plan = _text(language.think(rng, draft.request, draft.planned), need_loss=False)
     reflection = _text(language.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
+    better = draft.image if not repaired.flaws else None   # None: rendered
     match mode:
         case "improving_thinking_understanding":
-            return [*opening, _assistant(first, _seen(repaired.right, side)), _user(language.HOW_TO_IMPROVE),
+            return [*opening, _assistant(first, _seen(repaired.right, side, better)), _user(language.HOW_TO_IMPROVE),
                     _assistant(reflection)]
         case "improving_thinking_generation":
             return [*opening, _assistant(plan, first, reflection)]
         case "improving_full":
-            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side))]
+            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side, better))]
     raise AssertionError(mode)
 
 
@@ -241,8 +242,9 @@ def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list
 
 
 def _tell(edit: Edit, picture: np.ndarray, side: int) -> list[Turn]:
+    unchanged = picture if edit.right == edit.first else None
     return [*map(_user, edit.said), _assistant(_seen(edit.first, side, picture)), _user(edit.instruction),
-            _assistant(_drawn(edit.right, side))]
+            _assistant(_drawn(edit.right, side, unchanged))]
 
 
 def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
@@ -272,9 +274,9 @@ def _seen(scene: Scene, side: int, picture: np.ndarray | None = None) -> dict[st
     return _image(scene, side, picture, need_vae=True, need_vit=True)
 
 
-def _drawn(scene: Scene, side: int) -> dict[str, Any]:
-    """An image to be generated."""
-    return _image(scene, side, need_loss=True)
+def _drawn(scene: Scene, side: int, picture: np.ndarray | None = None) -> dict[str, Any]:
+    """An image to be generated; `picture` as of `_seen`."""
+    return _image(scene, side, picture, need_loss=True)
 
 
 def _image(scene: Scene, side: int, picture: np.ndarray | None = None, *, need_loss: bool = False,

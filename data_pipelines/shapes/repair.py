@@ -42,13 +42,12 @@ def repair(request: Request, wanted: Scene, seen: Sequence[Sighting], background
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
     same = Scene(request.category, tuple(map(_inside, things)), background)
-    paired = tuple(things[i] if i is not None else None for i in _pair(wanted.things, things))
     if (len(things) == request.num_things and is_training(same)
             and not any(judge(request, scene.things, background) for scene in (draft, same))):
-        return Repair(draft, same, (), paired)
+        return Repair(draft, same, ())
     blob = Flaw("blob", wanted=wanted.things)
-    flaws = (blob,) if num_blobs else _list_flaws(request, draft, wanted, paired)
-    return Repair(draft, wanted, flaws, paired)
+    flaws = (blob,) if num_blobs else _list_flaws(request, draft, wanted)
+    return Repair(draft, wanted, flaws)
 
 
 def _pair(wanted: Sequence[Thing], things: Sequence[Thing]) -> list[int | None]:
@@ -74,9 +73,9 @@ def _inside(thing: Thing) -> Thing:
     return dataclasses.replace(thing, x=x, y=y, size=round(thing.size, 3))
 
 
-def _list_flaws(request: Request, draft: Scene, right: Scene,
-                drawn: Sequence[Thing | None]) -> tuple[Flaw, ...]:
+def _list_flaws(request: Request, draft: Scene, right: Scene) -> tuple[Flaw, ...]:
     """What must change, the worst first; of what is wanted only what was asked for too."""
+    drawn = [draft.things[i] if i is not None else None for i in _pair(right.things, draft.things)]
     slots = [group for group in request.groups for _ in range(group.count)]
     paired = [(slot, seen, wanted) for slot, seen, wanted in zip(slots, drawn, right.things) if seen]
     flaws = []
