@@ -155,13 +155,14 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
     star = Thing("star", "red", "plain", 0.2, 0.2, 0.27)
     draft = Scene("position", (SQUARE, star), "white")
     request = dataclasses.replace(REQUEST, background="pale pink")
-    flaws = (Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1]), Flaw("background"))
+    missing, shape = Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1])
+    flaws = (missing, shape, Flaw("background"))
     text = language.reflect(np.random.default_rng(0), request, Repair(draft, SCENE, flaws))
     _, answer = language.doubt(np.random.default_rng(0), request, flaws, draft, SCENE)
     assert answer == "no, a circle is missing."
     assert text.startswith(
-        f"<think>i look at the picture. {language.caption(None, draft)} is it {language.plainly(request)[:-1]}? "
-        f"{answer[:-1]} and there is a star that should be a circle.\n")
+        f"<think>i look at the picture. {language.caption(None, draft)} "
+        f"is it {language.plainly(request)[:-1]}? {answer[:-1]} and there is a star that should be a circle.\n")
     praise = language.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
     assert "blue square? yes.\n" in praise and language.doubt(
         np.random.default_rng(0), REQUEST, (), SCENE, SCENE)[1] == "yes."

@@ -91,7 +91,7 @@ def describe(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
-    """The look back, in think tags: what is there, whether it is what was asked for, then the three headed parts.
+    """The look back, in think tags: what is there, if it is what was asked for, then the three headed parts.
 
     The first two are said as the base says them of any picture, in reading order (`caption`) and then as the
     answer to `doubt`: what was planned is no help there, so it cannot be repeated instead of looking.

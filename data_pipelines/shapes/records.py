@@ -171,8 +171,8 @@ def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side:
     better = draft.image if not repaired.flaws else None   # None: rendered
     match mode:
         case "improving_thinking_understanding":
-            return [*opening, _assistant(first, _seen(repaired.right, side, better)), _user(language.HOW_TO_IMPROVE),
-                    _assistant(reflection)]
+            return [*opening, _assistant(first, _seen(repaired.right, side, better)),
+                    _user(language.HOW_TO_IMPROVE), _assistant(reflection)]
         case "improving_thinking_generation":
             return [*opening, _assistant(plan, first, reflection)]
         case "improving_full":
