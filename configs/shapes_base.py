@@ -88,7 +88,7 @@ def _stages() -> dict:
             timestep_shift=4.0,
             weights={"text_to_image": 1.5, "captioned": 1.5, "medley": 2.0, "description": 1.0, "editing": 4.0,
                      "understanding": 2.0, "captioning": 2.0, "verifying": 2.0, "reading": 0.5, "naming": 0.5,
-                     "comparing": 1.0, "rephrasing": 0.5},
+                     "comparing": 2.5, "rephrasing": 0.5},
             packs_per_step=12, text_tokens=176, vit_tokens=48, latent_tokens=80, images=5,
             max_tokens_per_record=272),
         "mend": _stage(
@@ -96,9 +96,9 @@ def _stages() -> dict:
             # Layout is known by now; which shape a thing has is decided later on the way.
             timestep_shift=2.5,
             weights={"text_to_image": 1.0, "captioned": 2.5, "medley": 4.0, "description": 0.5, "editing": 2.0,
-                     "mending": 3.0, "understanding": 0.7, "captioning": 1.5, "verifying": 1.0, "reading": 0.4,
-                     "naming": 0.3, "comparing": 0.5, "rephrasing": 0.3},
-            packs_per_step=18, text_tokens=144, vit_tokens=32, latent_tokens=80, images=5,
+                     "mending": 3.0, "understanding": 0.7, "captioning": 0.5, "verifying": 1.0,
+                     "reviewing": 2.5, "reading": 0.4, "naming": 0.3, "comparing": 2.0, "rephrasing": 0.3},
+            packs_per_step=16, text_tokens=176, vit_tokens=32, latent_tokens=80, images=5,
             max_tokens_per_record=240),
     }
 

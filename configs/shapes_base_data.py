@@ -20,7 +20,7 @@ def get_config(part: str = "all") -> ml_collections.ConfigDict:
               "naming": 24000, "verifying": 14000, "comparing": 30000, "rephrasing": 10000}
     if part == "own":
         counts = {name: count // 4 for name, count in counts.items()} | {
-            "captioned": 16000, "medley": 24000, "mending": 14000}
+            "captioned": 16000, "medley": 24000, "mending": 14000, "reviewing": 14000}
     return ml_collections.ConfigDict({
         "seed": 1,
         "side": 64,

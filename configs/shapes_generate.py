@@ -36,7 +36,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         },
         # The likeliest tokens, as BAGEL's default is: IRG's temperature of 0.3 costs this model 6 of 100 plans
         # and 10 of 100 first pictures (docs/log.md, 2026-11-26).
-        "text": {"max_length": 192, "do_sample": False},
+        "text": {"max_length": 256, "do_sample": False},
         "height": 64,
         "width": 64,
         "num_turns": 2,

@@ -109,6 +109,16 @@ def test_what_is_right_stays_as_it_was_drawn_down_to_the_pixel(mode):
     assert kept > 5
 
 
+def test_a_review_is_of_the_draft_itself(drafts):
+    for index, one in enumerate(look_at(drafts)):
+        turns = record("reviewing", generator(0, "reviewing", index), draft=one)
+        [picture] = pictures(turns)
+        np.testing.assert_array_equal(picture, one.draft.image)
+        caption, answer = (turns[at]["content"][0]["content"] for at in (2, 4))
+        assert caption == language.caption(None, Scene("", one.things, one.background))
+        assert answer.endswith(" so yes.") == (not judge(one.draft.request, one.things, one.background))
+
+
 def test_initial_records_do_not_see_drafts(drafts):
     one = SeenDraft(drafts[0], (), "white")
     assert (record("initial_full", generator(0, "x", 0), draft=one)

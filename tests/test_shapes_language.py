@@ -1,5 +1,6 @@
 """What is said about scenes: true, short, and in one small vocabulary."""
 
+import collections
 import dataclasses
 import itertools
 import re
@@ -9,6 +10,7 @@ import pytest
 
 from data_pipelines.shapes import language
 from data_pipelines.shapes.flaws import Flaw, Repair, make_flawed
+from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, COLOURS, SHAPES, Group, Request, Scene, Thing
@@ -56,7 +58,7 @@ def texts(stories):
 
 
 @pytest.mark.parametrize("kind, most", [
-    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 110), ("praise", 70), ("prompt", 30)])
+    ("think", 30), ("caption", 30), ("describe", 14), ("reflect", 145), ("praise", 120), ("prompt", 30)])
 def test_texts_keep_to_their_budget(texts, kind, most):
     assert max(num_words(text) for text in texts[kind]) <= most
     assert num_words(language.SYSTEM_PROMPT) <= 16
@@ -96,11 +98,11 @@ def test_the_plainest_prompt_is_the_one_of_the_readme():
     assert "two red circles left of a blue square" in prompts
 
 
-def test_a_plan_names_every_thing_where_it_is():
+def test_a_plan_names_every_thing_where_it_is_from_the_bottom_up():
     plan = language.think(np.random.default_rng(0), REQUEST, SCENE)
-    assert plan.startswith("<think>") and plan.endswith("pale pink background.</think>")
-    for item in ("top left: red circle", "bottom left: striped red circle", "right: blue square"):
-        assert item in plan
+    assert plan.startswith("<think>") and plan.endswith(
+        ". bottom left: striped red circle; right: blue square; top left: red circle; "
+        "pale pink background.</think>")
 
 
 def test_a_caption_says_where_everything_is_in_any_order():
@@ -126,7 +128,8 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     analysis, _, need, _, step, _, final = lines
     assert analysis == (
         "i look at the picture. top left: red circle; right: green square; bottom left: striped red circle; "
-        "pale pink background. is it two red circles left of a blue square? no, a square is green.")
+        "pale pink background. is it two red circles left of a blue square? "
+        "how many red circles are there? two. is there a blue square? no. so no, a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")
     assert final == ("top left: red circle; right: blue square; bottom left: striped red circle; "
@@ -154,19 +157,40 @@ def test_the_step_of_each_flaw(flaw, step):
 def test_the_look_back_says_what_the_base_says_of_any_picture():
     star = Thing("star", "red", "plain", 0.2, 0.2, 0.27)
     draft = Scene("position", (SQUARE, star), "white")
-    request = dataclasses.replace(REQUEST, background="pale pink")
-    missing, shape = Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1])
-    flaws = (missing, shape, Flaw("background"))
-    text = language.reflect(np.random.default_rng(0), request, Repair(draft, SCENE, flaws))
-    _, answer = language.doubt(np.random.default_rng(0), request, flaws, draft, SCENE)
-    assert answer == "no, a circle is missing."
+    flaws = (Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1]))
+    told, asked = language.caption(None, draft), language.plainly(REQUEST)[:-1]
+    _, answer = language.doubt(np.random.default_rng(0), REQUEST, flaws, draft, SCENE)
+    assert answer == ("how many red circles are there? none, not two. is there a blue square? yes. "
+                      "so no, a circle is missing.")
+    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, flaws))
     assert text.startswith(
-        f"<think>i look at the picture. {language.caption(None, draft)} "
-        f"is it {language.plainly(request)[:-1]}? {answer[:-1]} and there is a star that should be a circle.\n")
+        f"<think>i look at the picture. {told} is it {asked}? {answer[:-1]} and there is a star that should be "
+        "a circle.\n")
     praise = language.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
-    assert "blue square? yes.\n" in praise and language.doubt(
-        np.random.default_rng(0), REQUEST, (), SCENE, SCENE)[1] == "yes."
+    assert ("where are the circles? at the top left and at the bottom left. where is the square? at the right. "
+            "are the circles left of the square? yes. so yes.\n") in praise
     assert not [word for word in ("keep", "leave", "rest") if word in praise]
+
+
+def test_the_background_is_asked_for_where_one_was_wanted():
+    request = dataclasses.replace(REQUEST, background="pale pink")
+    for background, answer in (("pale pink", "pale pink."), ("white", "white, not pale pink.")):
+        points = language.check(request, dataclasses.replace(SCENE, background=background))
+        assert points[-1] == ("what is the colour of the background?", answer, background == "pale pink")
+
+
+def test_all_points_hold_where_the_judge_finds_no_fault(stories):
+    """Also for pictures of other requests."""
+    right = collections.Counter()
+    for (_, request, scene, flawed, _), (_, _, other, *_) in zip(stories, stories[6:]):   # of the same category
+        for kind, shown in {"right": scene, "flawed": flawed, "other": other}.items():
+            is_right = not judge(request, shown.things, shown.background)
+            points = language.check(request, shown)
+            assert all(is_met for *_, is_met in points) == is_right
+            doubts = [answer for _, answer, _ in points if ", not " in answer or answer in ("none.", "no.")]
+            assert is_right == (not doubts)
+            right[kind] += is_right
+    assert right["right"] == len(stories) - 6 and not right["flawed"] and right["other"]
 
 
 def test_answers_are_true():

@@ -34,7 +34,8 @@ SEQUENCES = {
     "naming": "s p [t*]",
     "mending": "[i+vae+vit] q [i*]",
     "medley": "p [i*]",
-    "verifying": "[i+vit] q [t*]",
+    "verifying": "[i+vit] q [t*] q [t*]",
+    "reviewing": "[i+vit] q [t*] q [t*]",
     "comparing": "p q [t*]",
     "rephrasing": "p q [t*]",
 }

@@ -37,7 +37,7 @@ from data_pipelines.shapes.split import is_training
 SCHEMA = pyarrow.schema([("prompt", pyarrow.string()), ("request", pyarrow.string()),
                          ("planned", pyarrow.string()), ("wanted", pyarrow.string()),
                          ("image", pyarrow.binary())])
-MISPLANNED_SHARE, MISDRAWN_SHARE = 0.2, 0.3
+MISPLANNED_SHARE, MISDRAWN_SHARE = 0.15, 0.2
 PER_FILE = 500
 MAX_PIXELS = 2**20
 

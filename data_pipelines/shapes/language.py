@@ -10,8 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines.shapes.flaws import Flaw, Repair
+from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.sample import pick
-from data_pipelines.shapes.scene import COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural
+from data_pipelines.shapes.scene import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    has_size,
+    plural,
+)
 from data_pipelines.shapes.split import is_training
 
 SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and improve it."
@@ -27,7 +38,7 @@ PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom lef
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SYNONYMS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big")}
 MAX_TOLD = 2         # flaws named in a reflection
-MAX_WORDS = 110      # of a reflection; one flaw always fits
+MAX_WORDS = 120      # of a reflection of several flaws
 MAX_REMOVED = 2      # things named that are too many
 MAX_DRAWN = 2        # things added to a picture; with more it is drawn afresh
 
@@ -62,20 +73,29 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 
 
 def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
-    """The plan before drawing, in think tags: what, which colour, where. At most 30 words."""
+    """The plan before drawing, in think tags: what, which colour, where, from the bottom up. At most 30 words.
+
+    In any order but this the same place was planned twice; and as the look back reads from the top, it cannot
+    repeat the plan instead of looking.
+    """
     items = _placed(scene)
     if request.relation and len(items) == 2:
         items[0] += f", {request.relation} the {scene.things[1].shape}"
     opening = pick(rng, ("the plan.", "i plan this.", "the picture needs this.", "i will draw this."))
-    return tagged(f"{opening} {'; '.join(items)}; {scene.background} background.")
+    told = "; ".join(items[i] for i in reversed(_reading_order(scene)))
+    return tagged(f"{opening} {told}; {scene.background} background.")
 
 
 def caption(rng: np.random.Generator | None, scene: Scene) -> str:
     """All that the picture shows and where, in any order; without an rng as one reads, from the top left."""
     items = _placed(scene)
-    by_place = lambda i: (PLACES.index(where(scene.things[i])), scene.things[i].x)
-    order = sorted(range(len(items)), key=by_place) if rng is None else rng.permutation(len(items))
+    order = _reading_order(scene) if rng is None else rng.permutation(len(items))
     return "; ".join((*(items[i] for i in order), f"{scene.background} background."))
+
+
+def _reading_order(scene: Scene) -> list[int]:
+    place = lambda i: (PLACES.index(where(scene.things[i])), scene.things[i].x)
+    return sorted(range(len(scene.things)), key=place)
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
@@ -104,7 +124,8 @@ def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     if not flaws or any(step == REDRAW for *_, step in remedies):
         keep = ""
     final = caption(None, right) if flaws else plainly(request)
-    opening = f"i look at the picture. {caption(None, repair.draft)} {_is_it(None, request)}"
+    opening = (f"i look at the picture. {caption(None, repair.draft)} {_is_it(None, request)} "
+               f"{_checks(request, repair.draft)}")
     text = _four_parts(remedies, opening, keep, final)
     if len(text.split()) > MAX_WORDS:
         text = _four_parts(remedies[:1], opening, keep, final)
@@ -174,9 +195,72 @@ def plainly(request: Request) -> str:
 
 def doubt(rng: np.random.Generator, request: Request, flaws: Sequence[Flaw], shown: Scene, right: Scene
           ) -> tuple[str, str]:
-    """Whether the scene that is shown is what is asked for, and the answer, which says what is not."""
+    """Whether the scene that is shown is what is asked for, and the answer, point by point and then in all."""
     problem = _remedy(request, flaws[0], shown, right)[0] if flaws else ""
-    return _is_it(rng, request), _verdict(problem)
+    return _is_it(rng, request), f"{_checks(request, shown)} {_verdict(problem)}"
+
+
+def check(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
+    """What is asked for, as questions with their answers, and whether each is what was asked for.
+
+    All are exactly where the judge finds no fault. Most are questions that the base is asked of any picture.
+    """
+    points = [point for group in request.groups for point in _check_group(group, shown)]
+    if request.relation and all(is_met for *_, is_met in points):
+        points += _check_relation(request, shown)
+    if request.background:
+        points.append(("what is the colour of the background?", _found(shown.background, request.background),
+                       shown.background == request.background))
+    return points
+
+
+def _check_group(group: Group, shown: Scene) -> list[tuple[str, str, bool]]:
+    alike = _alike(group, shown)
+    fitting = [thing for thing in alike
+               if group.texture in (None, thing.texture) and has_size(group.size, thing.size)]
+    is_plain = not (group.size or group.texture)
+    if group.count == 1 and not (is_plain and group.colour is None):
+        return [(f"is there {_group(None, group)}?", "yes." if fitting else "no.", bool(fitting))]
+    if group.count == 1:
+        return [(f"how many {plural(group.shape, 2)} are there?", f"{_number(alike)}.", bool(alike))]
+    points = [_check_number(Group(group.shape, group.count, group.colour), alike)]
+    return points if is_plain or len(alike) != group.count else [*points, _check_number(group, fitting)]
+
+
+def _check_number(group: Group, found: Sequence[Thing]) -> tuple[str, str, bool]:
+    name = " ".join((*_words(None, group), plural(group.shape, 2)))
+    return (f"how many {name} are there?", _found(_number(found), NUMBERS[group.count]),
+            len(found) == group.count)
+
+
+def _check_relation(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
+    """Of things that are all there."""
+    points, names = [], []
+    for group in request.groups:
+        found = [where(thing) for thing in _alike(group, shown)]
+        names.append(f"{'is' if len(found) == 1 else 'are'} the {plural(group.shape, len(found))}")
+        points.append((f"where {names[-1]}?", f"{' and '.join(f'at the {place}' for place in found)}.", True))
+    is_met = not judge(dataclasses.replace(request, background=None), shown.things, shown.background)
+    other = names[1].partition(" ")[2]
+    return [*points, (f"{names[0]} {request.relation} {other}?", "yes." if is_met else "no.", is_met)]
+
+
+def _alike(group: Group, shown: Scene) -> list[Thing]:
+    return [thing for thing in shown.things
+            if thing.shape == group.shape and group.colour in (None, thing.colour)]
+
+
+def _number(things: Sequence[Thing]) -> str:
+    return NUMBERS[min(len(things), len(NUMBERS) - 1)]
+
+
+def _found(found: str, wanted: str) -> str:
+    return f"{found}." if found == wanted else f"{found}, not {wanted}."
+
+
+def _checks(request: Request, shown: Scene) -> str:
+    """`check` in words: a small network compares a picture with a sentence point by point, hardly in one go."""
+    return " ".join(f"{question} {answer}" for question, answer, _ in check(request, shown))
 
 
 def _is_it(rng: np.random.Generator | None, request: Request) -> str:
@@ -184,7 +268,7 @@ def _is_it(rng: np.random.Generator | None, request: Request) -> str:
 
 
 def _verdict(problem: str) -> str:
-    return f"no, {problem}." if problem else "yes."
+    return f"so no, {problem}." if problem else "so yes."
 
 
 def _asked(rng: np.random.Generator | None, request: Request) -> str:
@@ -273,9 +357,12 @@ def ask(rng: np.random.Generator | None, request: Request) -> str:
 
 
 def _group(rng: np.random.Generator | None, group: Group) -> str:
+    return _counted(group.count, *_words(rng, group), group.shape)
+
+
+def _words(rng: np.random.Generator | None, group: Group) -> list[str]:
     size = pick(rng, SYNONYMS[group.size]) if rng and group.size else group.size
-    words = [word for word in (size, group.texture, group.colour) if word]
-    return _counted(group.count, *words, group.shape)
+    return [word for word in (size, group.texture, group.colour) if word]
 
 
 def _counted(count: int, *words: str) -> str:

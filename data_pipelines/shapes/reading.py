@@ -45,13 +45,16 @@ def rename(rng: np.random.Generator, texts: Sequence[str]) -> list[str]:
     return [re.sub(rf"\b({words})\b", lambda match: names[match[0]], text) if words else text for text in texts]
 
 
+def vary(rng: np.random.Generator, texts: Sequence[str]) -> Sequence[str]:
+    """Half of the time the texts as they are, else in other words."""
+    return rename(rng, texts) if rng.random() < 0.5 else texts
+
+
 def read_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tuple[str, str]]]:
     """A caption, and questions with answers that it tells; half of the captions are about unheard-of things."""
     asked = language.questions(rng, scene, NUM_QUESTIONS)
-    texts = [language.caption(rng, scene), *(text for pair in asked for text in pair)]
-    if rng.random() < 0.5:
-        texts = rename(rng, texts)
-    return texts[0], list(zip(texts[1::2], texts[2::2]))
+    told, *texts = vary(rng, [language.caption(rng, scene), *(text for pair in asked for text in pair)])
+    return told, list(zip(texts[::2], texts[1::2]))
 
 
 def name_things(rng: np.random.Generator, prompt: str, scene: Scene) -> tuple[str, str]:

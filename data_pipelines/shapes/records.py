@@ -21,8 +21,9 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     naming                            system, prompt, describe*; both in other words
     mending                           as editing, image1 being the model's own
     medley                            as captioned, every thing of a shape of its own
-    verifying                         image (ViT only), question, yes or no*
-    comparing                         caption, question, yes or no*
+    verifying                         image (ViT only), question, caption*, question, yes or no*
+    reviewing                         as verifying, the image being the model's own
+    comparing                         caption, question, yes or no*; half in other words
     rephrasing                        prompt, question, the same in plain words*
 """
 
@@ -41,10 +42,10 @@ from data_pipelines.shapes import language
 from data_pipelines.shapes.drafts import Draft, SeenDraft
 from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
-from data_pipelines.shapes.reading import NUM_QUESTIONS, name_things, read_caption
+from data_pipelines.shapes.reading import NUM_QUESTIONS, name_things, read_caption, vary
 from data_pipelines.shapes.render import render
-from data_pipelines.shapes.repair import repair_draft
-from data_pipelines.shapes.sample import sample_medley, sample_request, sample_scene
+from data_pipelines.shapes.repair import repair, repair_draft
+from data_pipelines.shapes.sample import pick, sample_medley, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
 from data_pipelines.shapes.sketch import sketch
 
@@ -57,11 +58,10 @@ MODES = (
     "improving_full",
 )
 BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
-              "naming", "mending", "medley", "verifying", "comparing", "rephrasing")
+              "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
-DOUBTFUL_SHARE = 0.5    # of what is compared with a prompt
 # Of the pictures that the base is shown: drawn crookedly, as it draws itself.
 SKETCHED_SHARE = 0.5
 
@@ -84,19 +84,24 @@ def record(
 ) -> list[Turn]:
     """One conversation of the mode, ready for `json.dumps`.
 
-    With a `draft` an improving mode and mending start from it; else the first picture is rendered, with a flaw.
+    With a `draft` an improving mode, mending and reviewing start from it; else the first picture is rendered,
+    with a flaw.
 
     Raises ValueError for a mode that is neither in MODES nor in BASE_MODES, or an unknown split.
     """
     if mode not in MODES + BASE_MODES:
         raise ValueError(f"mode is {mode!r}: choose one of {', '.join(MODES + BASE_MODES)}")
-    if mode == "mending" or mode.startswith("improving"):
+    if mode in ("mending", "reviewing") or mode.startswith("improving"):
         draft = draft or _flawed_draft(rng, split, side)
-        return (_mending_turns(rng, draft, side) if mode == "mending"
-                else _improving_turns(mode, rng, draft, side))
+        match mode:
+            case "mending":
+                return _mending_turns(rng, draft, side)
+            case "reviewing":
+                return _reviewed_turns(rng, draft, side)
+        return _improving_turns(mode, rng, draft, side)
     story = _sample_story(rng, split)
     if mode in BASE_MODES:
-        return _base_record(mode, rng, story, side)
+        return _base_record(mode, rng, story, split, side)
     return [*_opening(story.prompt), *_initial_turns(mode, rng, story, side)]
 
 
@@ -180,7 +185,7 @@ def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side:
     raise AssertionError(mode)
 
 
-def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
+def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, side: int) -> list[Turn]:
     match mode:
         case "text_to_image":
             return [_user(story.prompt), _assistant(_drawn(story.right, side))]
@@ -206,7 +211,7 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, side: int) -
             told, asked = read_caption(rng, story.right)
             return [_user(told), *_answered(asked)]
         case "verifying" | "comparing":
-            return _compared_turns(mode, rng, story, side)
+            return _compared_turns(mode, rng, story, split, side)
         case "rephrasing":
             return [_user(story.prompt), _user(language.SAY_PLAINLY),
                     _assistant(_text(language.plainly(story.request)))]
@@ -220,12 +225,27 @@ def _captioned_turns(rng: np.random.Generator, scene: Scene, side: int) -> list[
     return [_user(language.caption(rng, scene)), _assistant(_drawn(scene, side))]
 
 
-def _compared_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    is_wrong = bool(story.flaws) and rng.random() < DOUBTFUL_SHARE / (1 - FLAWLESS_SHARE)
-    scene, flaws = (story.flawed, story.flaws) if is_wrong else (story.right, ())
-    first = (_user(language.caption(rng, scene)) if mode == "comparing" else
-             _assistant(_image(scene, side, shown(rng, scene, side), need_vit=True)))
-    return [first, *_answered([language.doubt(rng, story.request, flaws, scene, story.right)])]
+def _compared_turns(mode: str, rng: np.random.Generator, story: Story, split: str, side: int) -> list[Turn]:
+    """A scene that is right, flawed, or for another prompt: where little is wrong, one learns to say yes."""
+    other = sample_scene(rng, sample_request(rng, split=split, category=story.request.category), split=split)
+    scene = pick(rng, (story.right, story.flawed, other))
+    flaws = repair(story.request, story.right, scene.things, scene.background).flaws
+    doubt = language.doubt(rng, story.request, flaws, scene, story.right)
+    if mode == "verifying":
+        return _verified_turns(scene, shown(rng, scene, side), side, doubt)
+    told, question, answer = vary(rng, (language.caption(rng, scene), *doubt))
+    return [_user(told), *_answered([(question, answer)])]
+
+
+def _reviewed_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
+    repaired, request = repair_draft(seen), seen.draft.request
+    doubt = language.doubt(rng, request, repaired.flaws, repaired.draft, repaired.right)
+    return _verified_turns(repaired.draft, seen.draft.image, side, doubt)
+
+
+def _verified_turns(scene: Scene, picture: np.ndarray, side: int, doubt: tuple[str, str]) -> list[Turn]:
+    return [_assistant(_image(scene, side, picture, need_vit=True)),
+            *_answered([(language.WHAT_IS_WHERE, language.caption(None, scene)), doubt])]
 
 
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:

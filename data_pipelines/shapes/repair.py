@@ -37,13 +37,12 @@ def repair(request: Request, wanted: Scene, seen: Sequence[Sighting], background
 
     `wanted` fulfils the request and may be trained on. A draft with blobs, which are no things, is drawn
     afresh if it is not right: nothing said of its things would mend it. The judge lets more things pass than
-    were asked for; here they are flaws, for a right scene shows nothing else.
+    were asked for; in a wrong draft they are flaws too, for the wanted scene shows nothing else.
     """
     things = tuple(Thing(one.shape, one.colour, one.texture, one.x, one.y, one.size) for one in seen)
     draft = Scene(request.category, things, background)
     same = Scene(request.category, tuple(map(_inside, things)), background)
-    if (len(things) == request.num_things and is_training(same)
-            and not any(judge(request, scene.things, background) for scene in (draft, same))):
+    if is_training(same) and not any(judge(request, scene.things, background) for scene in (draft, same)):
         return Repair(draft, same, ())
     blob = Flaw("blob", wanted=wanted.things)
     flaws = (blob,) if num_blobs else _list_flaws(request, draft, wanted)

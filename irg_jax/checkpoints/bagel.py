@@ -226,7 +226,10 @@ def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part],
             elif not is_refused:
                 dtype = np.dtype(_DTYPES[part.files.entries[name].dtype])
                 slot = slots[name]
-                yield f"{part.name}.{slot.leaf}", np.ascontiguousarray(slot.to_ours(tensor), dtype)
+                leaf = np.ascontiguousarray(slot.to_ours(tensor), dtype)
+                del tensor   # while the leaf is written, and the leaf while the next tensor is read
+                yield f"{part.name}.{slot.leaf}", leaf
+                del leaf
         digests |= part.files.digests
     sentences = [line for part in parts for line in part.files.faults + found[part.name].sentences()]
     if sentences:

@@ -73,6 +73,7 @@ def write_model(path: str | pathlib.Path, config: ModelConfig, tokenizer: Tokeni
         with Writer(folder / PARAMS) as writer:
             for name, leaf in leaves:
                 writer.add(name, leaf)
+                del leaf   # while the next is made
         _save_texts(folder, config, tokenizer, writer, source)
 
 

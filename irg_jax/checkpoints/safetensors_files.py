@@ -73,7 +73,9 @@ class TensorFiles:
                     hasher.update(raw)
                     place = begin + len(raw)
                     if self.entries[name].dtype in _READ:
-                        yield name, raw.view(_READ[self.entries[name].dtype]).reshape(self.entries[name].shape)
+                        tensor = [raw.view(_READ[self.entries[name].dtype]).reshape(self.entries[name].shape)]
+                        del raw
+                        yield name, tensor.pop()   # the caller alone holds it: an embedding takes 1.1 GB
                 while len(rest := stream.read(2**24)):
                     hasher.update(rest)
             self.digests[file.name] = hasher.hexdigest()

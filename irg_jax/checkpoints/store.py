@@ -57,6 +57,8 @@ class Writer:
         """Takes a leaf, which must not change until it is written."""
         self.digests[path] = digest(leaf)
         self.dtypes.setdefault(path.partition(".")[0], set()).add(leaf.dtype.name)
+        if self._size + leaf.nbytes > PIECE_BYTES:
+            self._flush()
         self._held[path] = leaf
         self._size += leaf.nbytes
         if self._size >= PIECE_BYTES:
@@ -64,7 +66,10 @@ class Writer:
 
     def _flush(self) -> None:
         if self._held:
-            ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
+            context = ocp.Context()
+            context.array.saving.use_compression = False   # weights hardly shrink, and it takes most of the time
+            with context:
+                ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
             self._held, self._size = {}, 0
 
 
