@@ -154,11 +154,11 @@ def test_some_plans_and_some_pictures_miss_the_request_and_what_is_wanted_never(
     orders = [order_draft(generator(4, "draft", index)) for index in range(300)]
     fulfils = lambda order, scene: not judge(order.request, scene.things, scene.background)
     assert all(fulfils(order, order.wanted) for order in orders)
-    assert 40 < sum(not fulfils(order, order.planned) for order in orders) < 80
+    assert 30 < sum(not fulfils(order, order.planned) for order in orders) < 65
     assert all(order.planned == order.wanted for order in orders if fulfils(order, order.planned))
     items = lambda caption: sorted(caption.removesuffix(".").split("; "))
     as_planned = [items(order.caption) == items(language.caption(None, order.planned)) for order in orders]
-    assert 180 < sum(as_planned) < 240
+    assert 210 < sum(as_planned) < 265
     assert all(fulfils(order, order.planned) for order, same in zip(orders, as_planned) if not same)
 
 
