@@ -9,14 +9,16 @@ questions and editing (65), on text alone (20), on all of it (75) and on edits o
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
 resumes. Minutes are of two cores, put together from parts that ran at different times.
 
-The weights in assets/shapes_base went a longer way while the recipe was found. `see` stopped at step 6,776 of
-a cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder
-that did not tell places, 2,573 in which that was found out, the encoder's own training once more from where
-it was (3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions
-and captions, 4,200 with about the weights below, and 1,500 at the shift of `mend`, two thirds of their records
+The weights in assets/shapes_base went a longer way while the recipe was found. `see` stopped at step 6,776 of a
+cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder that
+did not tell places, 2,573 in which that was found out, the encoder's own training once more from where it was
+(3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions and
+captions, 4,200 with about the weights below, and 1,500 at the shift of `mend`, two thirds of their records
 editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
-medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, and
-600 in which comparisons were half of it. They learnt `draw` and `see` in shorter packs: edits were shorter.
+medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, 600 in
+which comparisons were half of it, 1,000 in which they said yes or no to points that are no longer asked, and
+1,300 with `reviewing`, two thirds of their records comparisons of any kind. They learnt `draw` and `see` in
+shorter packs: edits were shorter.
 Expected there: 84 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out
 prompts 33 % are drawn right, 31 % after thinking (`bash launch/local.sh`).
 """

@@ -4,7 +4,7 @@ import collections
 
 import numpy as np
 
-from data_pipelines.shapes import language
+from data_pipelines.shapes import reflections
 from data_pipelines.shapes.edits import crowd, edit_draft, make_edit
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.judge import judge
@@ -31,7 +31,7 @@ def test_an_edit_keeps_changes_or_redraws():
         flaws = (flaw,) if rng.random() < 0.75 else ()
         edit = make_edit(rng, request, "the prompt", right=right, flawed=flawed, flaws=flaws)
         assert edit.right == right and is_training(edit.first) and edit.said[:1] in ((), ("the prompt",))
-        kind = "redraw" if language.REDRAW in edit.instruction else "change" if flaws else "keep"
+        kind = "redraw" if reflections.REDRAW in edit.instruction else "change" if flaws else "keep"
         kinds[kind] += 1
         match kind:
             case "keep":

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from data_pipelines.shapes import language
+from data_pipelines.shapes import language, reflections
 from data_pipelines.shapes.flaws import Flaw, Repair, make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
@@ -46,9 +46,9 @@ def texts(stories):
         "think": [language.think(rng, request, scene) for rng, request, scene, *_ in stories],
         "caption": [language.caption(rng, scene) for rng, _, scene, *_ in stories],
         "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
-        "reflect": [language.reflect(rng, request, repair(request, scene, flawed.things, flawed.background))
+        "reflect": [reflections.reflect(rng, request, repair(request, scene, flawed.things, flawed.background))
                     for rng, request, scene, flawed, _ in stories],
-        "praise": [language.reflect(rng, request, Repair(scene, scene, ()))
+        "praise": [reflections.reflect(rng, request, Repair(scene, scene, ()))
                    for rng, request, scene, *_ in stories],
         "question": [text for rng, _, scene, *_ in stories
                      for text in language.question(rng, scene)],
@@ -66,7 +66,7 @@ def test_texts_keep_to_their_budget(texts, kind, most):
 
 def test_the_vocabulary_is_small_and_lower_case(texts):
     everything = " ".join(text for group in texts.values() for text in group)
-    for heading in language.HEADINGS:
+    for heading in reflections.HEADINGS:
         everything = everything.replace(heading, "")
     words = set(re.findall(r"[\w-]+", everything))
     assert len(words) < 350
@@ -121,10 +121,10 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     green = Thing("square", "green", "plain", 0.8, 0.5, 0.4)
     draft = Scene("position", (*RED_CIRCLES, green), "pale pink")
     flaw = Flaw("colour", (green,), (SQUARE,))
-    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, (flaw,)))
+    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, (flaw,)))
     assert text.startswith("<think>") and text.endswith("</think>")
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
-    assert [line for line in lines if line.startswith("#")] == list(language.HEADINGS)
+    assert [line for line in lines if line.startswith("#")] == list(reflections.HEADINGS)
     analysis, _, need, _, step, _, final = lines
     assert analysis == (
         "i look at the picture. top left: red circle; right: green square; bottom left: striped red circle; "
@@ -150,7 +150,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
 ])
 def test_the_step_of_each_flaw(flaw, step):
     flawed = Scene("position", SCENE.things, "white")
-    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(flawed, SCENE, (flaw,)))
+    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(flawed, SCENE, (flaw,)))
     assert step in text
 
 
@@ -159,14 +159,14 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
     draft = Scene("position", (SQUARE, star), "white")
     flaws = (Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1]))
     told, asked = language.caption(None, draft), language.plainly(REQUEST)[:-1]
-    _, answer = language.doubt(np.random.default_rng(0), REQUEST, flaws, draft, SCENE)
+    _, answer = reflections.doubt(np.random.default_rng(0), REQUEST, flaws, draft, SCENE)
     assert answer == ("how many red circles are there? none, not two. is there a blue square? yes. "
                       "so no, a circle is missing.")
-    text = language.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, flaws))
+    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, flaws))
     assert text.startswith(
         f"<think>i look at the picture. {told} is it {asked}? {answer[:-1]} and there is a star that should be "
         "a circle.\n")
-    praise = language.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
+    praise = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
     assert ("where are the circles? at the top left and at the bottom left. where is the square? at the right. "
             "are the circles left of the square? yes. so yes.\n") in praise
     assert not [word for word in ("keep", "leave", "rest") if word in praise]
@@ -175,7 +175,7 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
 def test_the_background_is_asked_for_where_one_was_wanted():
     request = dataclasses.replace(REQUEST, background="pale pink")
     for background, answer in (("pale pink", "pale pink."), ("white", "white, not pale pink.")):
-        points = language.check(request, dataclasses.replace(SCENE, background=background))
+        points = reflections.check(request, dataclasses.replace(SCENE, background=background))
         assert points[-1] == ("what is the colour of the background?", answer, background == "pale pink")
 
 
@@ -185,7 +185,7 @@ def test_all_points_hold_where_the_judge_finds_no_fault(stories):
     for (_, request, scene, flawed, _), (_, _, other, *_) in zip(stories, stories[6:]):   # of the same category
         for kind, shown in {"right": scene, "flawed": flawed, "other": other}.items():
             is_right = not judge(request, shown.things, shown.background)
-            points = language.check(request, shown)
+            points = reflections.check(request, shown)
             assert all(is_met for *_, is_met in points) == is_right
             doubts = [answer for _, answer, _ in points if ", not " in answer or answer in ("none.", "no.")]
             assert is_right == (not doubts)

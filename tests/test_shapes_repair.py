@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.shapes import language
+from data_pipelines.shapes import language, reflections
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
@@ -52,9 +52,9 @@ def test_any_draft_becomes_a_right_scene(seed, things, background):
         and abs(one.size - other.size) < 1e-3 for one, other in zip(result.right.things, things))
     assert is_same or (result.right == planned and result.flaws)
     assert result.flaws or not judge(request, things, background)
-    text = language.reflect(rng, request, result)
+    text = reflections.reflect(rng, request, result)
     assert len(text.split()) <= 170   # of seven things
-    assert all(text.count(heading) == 1 for heading in language.HEADINGS)
+    assert all(text.count(heading) == 1 for heading in reflections.HEADINGS)
 
 
 def test_a_draft_with_one_flaw_is_repaired_by_undoing_it():
@@ -119,9 +119,9 @@ def test_a_wrong_draft_with_blobs_is_drawn_afresh_as_its_text_says():
     planned = plan(RED_CIRCLE, STAR)
     result = run(PAIR, (RED_CIRCLE,), planned=planned, num_blobs=1)
     assert kinds(result) == ["blob"] and result.right == planned
-    text = language.reflect(np.random.default_rng(0), PAIR, result)
+    text = reflections.reflect(np.random.default_rng(0), PAIR, result)
     assert "shapes run into each other" in text and "keep" not in text and "rest" not in text
-    assert language.REDRAW in text
+    assert reflections.REDRAW in text
     assert not run(PAIR, (RED_CIRCLE, STAR), num_blobs=1).flaws
 
 
@@ -131,8 +131,8 @@ def test_the_final_prompt_of_a_wrong_draft_tells_all_of_the_right_scene(seed, th
     rng = np.random.default_rng(seed)
     request = sample_request(rng, split="train")
     result = run(request, things, seed=seed)
-    text = language.reflect(rng, request, result)
-    final = text.partition(language.HEADINGS[2])[2]
+    text = reflections.reflect(rng, request, result)
+    final = text.partition(reflections.HEADINGS[2])[2]
     if result.flaws:
         for thing in result.right.things:
             assert re.search(rf"{language.where(thing)}: [a-z ]*{thing.colour} {thing.shape};", final)
@@ -146,7 +146,7 @@ def test_the_background():
     planned = plan(RED_CIRCLE, STAR, background="pale blue")
     result = run(request, (RED_CIRCLE, STAR), background="grey", planned=planned)
     assert kinds(result) == ["background"] and result.right == planned
-    text = language.reflect(np.random.default_rng(0), request, result)
+    text = reflections.reflect(np.random.default_rng(0), request, result)
     assert "paint the background pale blue" in text and "the background is grey" in text
 
 
@@ -154,8 +154,8 @@ def test_where_most_is_missing_all_is_drawn_afresh():
     four = Request("counting", (Group("circle", 4, "orange"),))
     result = run(four, [Thing("heart", "red", "plain", at, at, 0.3) for at in (0.3, 0.7)])
     assert kinds(result)[:2] == ["missing", "extra"]
-    text = language.reflect(np.random.default_rng(0), four, result)
-    assert "four things are missing" in text and f"\n{language.REDRAW}" in text and "keep" not in text
+    text = reflections.reflect(np.random.default_rng(0), four, result)
+    assert "four things are missing" in text and f"\n{reflections.REDRAW}" in text and "keep" not in text
 
 
 def test_an_empty_draft():

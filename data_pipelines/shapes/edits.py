@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.shapes import language
+from data_pipelines.shapes import language, reflections
 from data_pipelines.shapes.flaws import Flaw, Repair, make_flawed
 from data_pipelines.shapes.sample import sample_scene
 from data_pipelines.shapes.scene import Request, Scene, is_free
@@ -36,13 +36,13 @@ def make_edit(rng: np.random.Generator, request: Request, prompt: str, *, right:
     if not flaws:
         said = _before(rng, prompt, right, sample_scene(rng, request, split="train"))
         final = f" {language.ask(None, request)}." if rng.random() < 0.5 else ""
-        keep = language.instruct(rng, request, flaws=(), flawed=right, right=right)
+        keep = reflections.instruct(rng, request, flaws=(), flawed=right, right=right)
         return Edit(said, right, keep + final, right)
     wanted = language.caption(rng, right)
     if rng.random() < REDRAWN_SHARE:
         first = crowd(rng, request)
-        return Edit(_before(rng, prompt, right, first), first, f"{language.REDRAW}. {wanted}", right)
-    instruction = language.instruct(rng, request, flaws=flaws, flawed=flawed, right=right)
+        return Edit(_before(rng, prompt, right, first), first, f"{reflections.REDRAW}. {wanted}", right)
+    instruction = reflections.instruct(rng, request, flaws=flaws, flawed=flawed, right=right)
     if rng.random() < TOLD_SHARE:
         instruction += f" {wanted}"
     return Edit(_before(rng, prompt, right, flawed), flawed, instruction, right)
@@ -51,7 +51,7 @@ def make_edit(rng: np.random.Generator, request: Request, prompt: str, *, right:
 def edit_draft(rng: np.random.Generator, request: Request, prompt: str, wanted: Scene, drawn: Repair) -> Edit:
     """How to mend a picture that the model drew itself; a right one is kept, or changed in one way."""
     if drawn.flaws:
-        step = language.instruct(rng, request, flaws=drawn.flaws, flawed=drawn.draft, right=wanted)
+        step = reflections.instruct(rng, request, flaws=drawn.flaws, flawed=drawn.draft, right=wanted)
         return Edit(_before(rng, prompt, wanted, drawn.draft), drawn.draft,
                     f"{step} {language.caption(rng, wanted)}", wanted)
     things = drawn.right.things
@@ -61,7 +61,7 @@ def edit_draft(rng: np.random.Generator, request: Request, prompt: str, wanted: 
     changed, flaw = make_flawed(rng, request, drawn.right, split="train")
     back = {"missing": "extra", "extra": "missing"}
     change = Flaw(back.get(flaw.kind, flaw.kind), flaw.wanted, flaw.seen)
-    step = language.instruct(rng, request, flaws=(change,), flawed=drawn.right, right=changed)
+    step = reflections.instruct(rng, request, flaws=(change,), flawed=drawn.right, right=changed)
     return Edit(_before(rng, prompt, changed, drawn.right), drawn.draft,
                 f"{step} {language.caption(rng, changed)}", changed)
 

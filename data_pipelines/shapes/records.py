@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.shapes import language
+from data_pipelines.shapes import language, reflections
 from data_pipelines.shapes.drafts import Draft, SeenDraft
 from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
@@ -171,7 +171,7 @@ def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int)
 def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     draft, repaired = seen.draft, repair_draft(seen)
     plan = _text(language.think(rng, draft.request, draft.planned), need_loss=False)
-    reflection = _text(language.reflect(rng, draft.request, repaired))
+    reflection = _text(reflections.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
     better = draft.image if not repaired.flaws else None   # None: rendered
     match mode:
@@ -230,7 +230,7 @@ def _compared_turns(mode: str, rng: np.random.Generator, story: Story, split: st
     other = sample_scene(rng, sample_request(rng, split=split, category=story.request.category), split=split)
     scene = pick(rng, (story.right, story.flawed, other))
     flaws = repair(story.request, story.right, scene.things, scene.background).flaws
-    doubt = language.doubt(rng, story.request, flaws, scene, story.right)
+    doubt = reflections.doubt(rng, story.request, flaws, scene, story.right)
     if mode == "verifying":
         return _verified_turns(scene, shown(rng, scene, side), side, doubt)
     told, question, answer = vary(rng, (language.caption(rng, scene), *doubt))
@@ -239,7 +239,7 @@ def _compared_turns(mode: str, rng: np.random.Generator, story: Story, split: st
 
 def _reviewed_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     repaired, request = repair_draft(seen), seen.draft.request
-    doubt = language.doubt(rng, request, repaired.flaws, repaired.draft, repaired.right)
+    doubt = reflections.doubt(rng, request, repaired.flaws, repaired.draft, repaired.right)
     return _verified_turns(repaired.draft, seen.draft.image, side, doubt)
 
 

@@ -67,7 +67,7 @@ class Writer:
     def _flush(self) -> None:
         if self._held:
             context = ocp.Context()
-            context.array.saving.use_compression = False   # it takes most of the time, and weights hardly shrink
+            context.array.saving.use_compression = False   # weights hardly shrink, and it takes long
             with context:
                 ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
             self._held, self._size = {}, 0

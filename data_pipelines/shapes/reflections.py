@@ -1,0 +1,204 @@
+"""What is said of a picture that may miss its prompt: doubts, instructions to edit it, and the look back.
+
+Only the three headings of the look back have capitals, as in the method's own template.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines.shapes.flaws import Flaw, Repair
+from data_pipelines.shapes.judge import judge
+from data_pipelines.shapes.language import (
+    NUMBERS,
+    ask_fully,
+    attributes,
+    caption,
+    counted,
+    group_name,
+    listed,
+    plainly,
+    tagged,
+    where,
+)
+from data_pipelines.shapes.sample import pick
+from data_pipelines.shapes.scene import Group, Request, Scene, Thing, has_size, plural
+
+REDRAW = "clear the picture and draw all anew"
+HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
+MAX_TOLD = 2         # flaws named in a reflection
+MAX_WORDS = 120      # of a reflection of several flaws
+MAX_REMOVED = 2      # things named that are too many
+MAX_DRAWN = 2        # things added to a picture; with more it is drawn afresh
+_PRAISE = ("", "no change is needed", "draw the same picture again")   # no problem, hence what to do
+
+
+def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
+    """The look back, in think tags: what is there, if it is what was asked for, then the three headed parts.
+
+    The first two are said as the base says them of any picture, in reading order (`caption`) and then as the
+    answer to `doubt`: what was planned is no help there, so it cannot be repeated instead of looking.
+    Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
+    needed; the final prompt tells all of the right scene, or what was asked for if it is there.
+    """
+    flaws, right = repair.flaws, repair.right
+    remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
+    keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
+    if not flaws or any(step == REDRAW for *_, step in remedies):
+        keep = ""
+    final = caption(None, right) if flaws else plainly(request)
+    opening = (f"i look at the picture. {caption(None, repair.draft)} {_is_it(None, request)} "
+               f"{_checks(request, repair.draft)}")
+    text = _four_parts(remedies, opening, keep, final)
+    if len(text.split()) > MAX_WORDS:
+        text = _four_parts(remedies[:1], opening, keep, final)
+    return tagged(text)
+
+
+def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, final: str) -> str:
+    problem, need, step = (f"{separator} ".join(parts)
+                           for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
+    first, second, third = HEADINGS
+    return f"{opening} {_verdict(problem)}\n{first}\n{need}.\n{second}\n{step}.{keep}\n{third}\n{final}"
+
+
+def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
+             right: Scene) -> str:
+    """What a user asks of a picture to be edited: how the base model learns to keep most of one."""
+    step = _remedy(request, flaws[0], flawed, right)[2] if flaws else _PRAISE[2]
+    keep = pick(rng, ("", "", " and keep all the rest")) if step != REDRAW else ""
+    return f"{step}{keep}."
+
+
+def doubt(rng: np.random.Generator, request: Request, flaws: Sequence[Flaw], shown: Scene, right: Scene
+          ) -> tuple[str, str]:
+    """Whether the scene that is shown is what is asked for, and the answer, point by point and then in all."""
+    problem = _remedy(request, flaws[0], shown, right)[0] if flaws else ""
+    return _is_it(rng, request), f"{_checks(request, shown)} {_verdict(problem)}"
+
+
+def check(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
+    """What is asked for, as questions with their answers, and whether each is what was asked for.
+
+    All are exactly where the judge finds no fault. Most are questions that the base is asked of any picture.
+    """
+    points = [point for group in request.groups for point in _check_group(group, shown)]
+    if request.relation and all(is_met for *_, is_met in points):
+        points += _check_relation(request, shown)
+    if request.background:
+        points.append(("what is the colour of the background?", _found(shown.background, request.background),
+                       shown.background == request.background))
+    return points
+
+
+def _check_group(group: Group, shown: Scene) -> list[tuple[str, str, bool]]:
+    alike = _alike(group, shown)
+    fitting = [thing for thing in alike
+               if group.texture in (None, thing.texture) and has_size(group.size, thing.size)]
+    if group == Group(group.shape):
+        return [(f"how many {plural(group.shape, 2)} are there?", f"{_number(alike)}.", bool(alike))]
+    if group.count == 1:
+        return [(f"is there {group_name(None, group)}?", "yes." if fitting else "no.", bool(fitting))]
+    plain = Group(group.shape, group.count, group.colour)
+    points = [_check_number(plain, alike)]
+    return points if group == plain or len(alike) != group.count else [*points, _check_number(group, fitting)]
+
+
+def _check_number(group: Group, found: Sequence[Thing]) -> tuple[str, str, bool]:
+    name = " ".join((*attributes(None, group), plural(group.shape, 2)))
+    return (f"how many {name} are there?", _found(_number(found), NUMBERS[group.count]),
+            len(found) == group.count)
+
+
+def _check_relation(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
+    """Of things that are all there."""
+    points, names = [], []
+    for group in request.groups:
+        found = [where(thing) for thing in _alike(group, shown)]
+        names.append(f"{'is' if len(found) == 1 else 'are'} the {plural(group.shape, len(found))}")
+        points.append((f"where {names[-1]}?", f"{' and '.join(f'at the {place}' for place in found)}.", True))
+    is_met = not judge(dataclasses.replace(request, background=None), shown.things, shown.background)
+    other = names[1].partition(" ")[2]
+    return [*points, (f"{names[0]} {request.relation} {other}?", "yes." if is_met else "no.", is_met)]
+
+
+def _alike(group: Group, shown: Scene) -> list[Thing]:
+    return [thing for thing in shown.things
+            if thing.shape == group.shape and group.colour in (None, thing.colour)]
+
+
+def _number(things: Sequence[Thing]) -> str:
+    return NUMBERS[min(len(things), len(NUMBERS) - 1)]
+
+
+def _found(found: str, wanted: str) -> str:
+    return f"{found}." if found == wanted else f"{found}, not {wanted}."
+
+
+def _checks(request: Request, shown: Scene) -> str:
+    """`check` in words: a small network compares a picture with a sentence point by point, hardly in one go."""
+    return " ".join(f"{question} {answer}" for question, answer, _ in check(request, shown))
+
+
+def _is_it(rng: np.random.Generator | None, request: Request) -> str:
+    return f"is it {ask_fully(rng, request)}?"
+
+
+def _verdict(problem: str) -> str:
+    return f"so no, {problem}." if problem else "so yes."
+
+
+def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[str, str, str]:
+    """(what is wrong, what must be, what to do) of one flaw."""
+    seen, wanted = [thing.shape for thing in flaw.seen], [thing.shape for thing in flaw.wanted]
+    at = [f"the {thing.colour} {thing.shape} at the {where(thing)}" for thing in flaw.seen]
+    match flaw.kind:
+        case "blob":
+            return "shapes run into each other", "all things must stand by themselves", REDRAW
+        case "missing" if len(wanted) > MAX_DRAWN:
+            return f"{NUMBERS[len(wanted)]} things are missing", "the picture must have all things", REDRAW
+        case "missing":
+            goals = " and ".join(f"{counted(1, thing.colour, thing.shape)} at the {where(thing)}"
+                                 for thing in flaw.wanted)
+            verb = "is" if len(wanted) == 1 else "are"
+            names = listed([counted(1, shape) for shape in wanted])
+            return f"{names} {verb} missing", "the picture must have all things", f"draw {goals}"
+        case "extra":
+            many = "is one thing" if len(seen) == 1 else f"are {NUMBERS[len(seen)]} things"
+            count, shapes = len(right.things), {thing.shape for thing in right.things}
+            name = plural(shapes.pop() if len(shapes) == 1 else "thing", count)
+            return (f"there {many} too many", f"there must be {NUMBERS[count]} {name}",
+                    f"remove {' and '.join(at[:MAX_REMOVED])}")
+        case "background":
+            return (f"the background is {flawed.background}",
+                    f"the background must be {right.background}",
+                    f"paint the background {right.background}")
+        case "place":
+            one, other = wanted
+            return (f"the {one} is on the wrong side of the {other}",
+                    f"the {one} must be {request.relation} the {other}",
+                    f"swap {at[0]} with {at[1]}")
+        case "moved":
+            need = "there must be room for all things"
+            if request.relation:
+                need = f"the {request.groups[0].shape} must be {request.relation} the {request.groups[1].shape}"
+            return (f"the {seen[0]} is in the wrong place", need,
+                    f"move {at[0]} to the {where(flaw.wanted[0])}")
+        case "shape":
+            return (f"there is a {seen[0]} that should be a {wanted[0]}",
+                    f"the {seen[0]} must become a {wanted[0]}", f"turn {at[0]} into a {wanted[0]}")
+        case "colour":
+            colour = flaw.wanted[0].colour
+            return (f"a {seen[0]} is {flaw.seen[0].colour}", f"the {seen[0]} must be {colour}",
+                    f"paint {at[0]} {colour}")
+        case "texture":
+            texture = flaw.wanted[0].texture
+            return (f"a {seen[0]} is {flaw.seen[0].texture}", f"the {seen[0]} must be {texture}",
+                    f"make {at[0]} {texture}")
+        case "size":
+            is_large = flaw.seen[0].size > flaw.wanted[0].size
+            wrong, fix = ("large", "smaller") if is_large else ("small", "larger")
+            return (f"a {seen[0]} is too {wrong}", f"the {seen[0]} must be {fix}",
+                    f"make {at[0]} {fix}")
+    raise ValueError(f"flaw.kind is {flaw.kind!r}: see Flaw for the kinds")
