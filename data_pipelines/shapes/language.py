@@ -170,7 +170,7 @@ def group_name(rng: np.random.Generator | None, group: Group) -> str:
 
 
 def attributes(rng: np.random.Generator | None, group: Group) -> list[str]:
-    """What a prompt says of a group's shape; its size by any of its names, or by the plainest without an rng."""
+    """What a prompt says of a group; its size in any of its words, or in the plainest without an rng."""
     size = pick(rng, SYNONYMS[group.size]) if rng and group.size else group.size
     return [word for word in (size, group.texture, group.colour) if word]
 
