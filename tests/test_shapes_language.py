@@ -98,11 +98,16 @@ def test_the_plainest_prompt_is_the_one_of_the_readme():
     assert "two red circles left of a blue square" in prompts
 
 
-def test_a_plan_names_every_thing_where_it_is_from_the_bottom_up():
+def test_a_plan_names_every_thing_where_it_is_kind_by_kind_from_the_bottom_up():
     plan = language.think(np.random.default_rng(0), REQUEST, SCENE)
     assert plan.startswith("<think>") and plan.endswith(
-        ". bottom left: striped red circle; right: blue square; top left: red circle; "
+        ". bottom left: striped red circle; top left: red circle; right: blue square; "
         "pale pink background.</think>")
+    one, other = SCENE.things[1:]
+    pair = dataclasses.replace(SCENE, things=(other, one))
+    request = Request("position", (Group("square"), Group("circle")), "right of")
+    assert ". right: large blue square, right of the circle; bottom left: small striped red circle; " in (
+        language.think(np.random.default_rng(0), request, pair))
 
 
 def test_a_caption_says_where_everything_is_in_any_order():

@@ -53,17 +53,18 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 
 
 def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
-    """The plan before drawing, in think tags: what, which colour, where, from the bottom up. At most 30 words.
+    """The plan before drawing, in think tags: what, which colour, where. At most 30 words.
 
-    In any order but this the same place was planned twice; and as the look back reads from the top, it cannot
-    repeat the plan instead of looking.
+    One kind after the other, as things were asked for, and those of a kind from the bottom up: in no order of places
+    a place was planned twice, and with places alone in order a shape was (docs/log.md, 2026-11-26).
     """
     items = _placed(scene)
     if request.relation and len(items) == 2:
         items[0] += f", {request.relation} the {scene.things[1].shape}"
+    kinds = list(dict.fromkeys(thing.shape for thing in scene.things))
+    order = sorted(reversed(_reading_order(scene)), key=lambda i: kinds.index(scene.things[i].shape))
     opening = pick(rng, ("the plan.", "i plan this.", "the picture needs this.", "i will draw this."))
-    told = "; ".join(items[i] for i in reversed(_reading_order(scene)))
-    return tagged(f"{opening} {told}; {scene.background} background.")
+    return tagged(f"{opening} {'; '.join(items[i] for i in order)}; {scene.background} background.")
 
 
 def caption(rng: np.random.Generator | None, scene: Scene) -> str:

@@ -24,7 +24,7 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     verifying                         image (ViT only), question, caption*, question, yes or no*
     reviewing                         as verifying, the image being the model's own
     comparing                         caption, question, yes or no*; half in other words
-    rephrasing                        prompt, question, the same in plain words*
+    rephrasing                        prompt, question, the same in plain words*; half in other words
 """
 
 import base64
@@ -213,8 +213,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, 
         case "verifying" | "comparing":
             return _compared_turns(mode, rng, story, split, side)
         case "rephrasing":
-            return [_user(story.prompt), _user(language.SAY_PLAINLY),
-                    _assistant(_text(language.plainly(story.request)))]
+            asked, plain = vary(rng, (story.prompt, language.plainly(story.request)))
+            return [_user(asked), _user(language.SAY_PLAINLY), _assistant(_text(plain))]
         case "naming":
             prompt, thought = name_things(rng, story.prompt, story.right)
             return [_user(language.SYSTEM_PROMPT), _user(prompt), _assistant(_text(thought))]
