@@ -55,8 +55,8 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
     """The plan before drawing, in think tags: what, which colour, where. At most 30 words.
 
-    One kind after the other, as things were asked for, and those of a kind from the bottom up. With places in no
-    order a place was planned twice, and with nothing but places in order a shape was (docs/log.md, 2026-11-26).
+    One kind after the other, as things were asked for, and those of a kind from the bottom up. With places in
+    no order a place was planned twice, with nothing but places in order a shape was (docs/log.md, 2026-11-26).
     """
     items = _placed(scene)
     if request.relation and len(items) == 2:
