@@ -45,7 +45,7 @@ class Interrupted(Exception):
 def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
     """The job; `size` is "full" or "quick", which every configuration file knows.
 
-    A seed is one of drafts, training, texts and noise; prompts, split and detector know none.
+    A seed is one of drafts, training and noise; prompts, split and detector know none.
     """
     config = lambda name: f"configs/{name}.py" + (":quick" if size == "quick" else "")
     command = lambda line: tuple(part.format(out=out) for part in line.split())
@@ -60,20 +60,20 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
         Step("data", (4, 35), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),
-        Step("moments", (10, 120), command(
+        Step("moments", (10, 105), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
             " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
-        Step("stage1", (33, 480), (*command(
+        Step("stage1", (33, 525), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"
             " --config.data.moments={out}/moments"), *train_seeded)),
-        Step("stage2", (30, 1090), (*command(
+        Step("stage2", (30, 1110), (*command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
             " --config.data.source={out}/data --config.data.moments={out}/moments"), *train_seeded)),
         Step("generate", (20, 17), (*command(
             f"-m irg_jax.generate --config {config('shapes_generate')} --checkpoint {{out}}/stage2"
             " --out {out}/generate"), "--prompt", PROMPT)),
-        Step("evaluate", (32, 150), (*command(
+        Step("evaluate", (32, 180), (*command(
             f"-m irg_jax.evaluate --benchmark shapes --config {config('shapes_generate')}"
             " --base {out}/base --checkpoint {out}/stage2"
             " --prompts {out}/data/prompts_heldout.jsonl --out {out}/eval/shapes"), *seeded)),

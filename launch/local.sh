@@ -10,7 +10,7 @@ Sets up a virtual environment, then runs the main job on the miniature, each ste
 command. Interrupted, the same line again resumes.
 
   --quick     the same path, cut short: under 5 minutes after installation
-  --seed N    of drafts, training, texts and noise (default: 0); the prompts stay the same
+  --seed N    of drafts, training and noise (default: 0); the prompts stay the same
   --out DIR   where the run goes (default: runs/shapes)
   -h, --help  this text
 
