@@ -19,8 +19,8 @@ medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `me
 which comparisons were half of it, 1,000 in which they said yes or no to points that are no longer asked, and
 1,300 with `reviewing`, two thirds of their records comparisons of any kind. They learnt `draw` and `see` in
 shorter packs: edits were shorter.
-Expected there: 84 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out
-prompts 33 % are drawn right, 31 % after thinking (`bash launch/local.sh`).
+Expected there: 83 % of questions about scenes are answered right (`irg_jax.examine --num 300`); of 300 held-out
+prompts 37 % are drawn right, 36 % after thinking (`bash launch/local.sh`).
 """
 
 import ml_collections
