@@ -65,7 +65,18 @@ def test_a_name_is_the_same_in_every_text():
     assert len(set(reading.OTHER_WORDS)) == len(reading.OTHER_WORDS)
 
 
-@pytest.mark.parametrize("mode", ["reading", "naming", "understanding"])
+def test_a_rephrased_prompt_names_what_the_prompt_names():
+    new = 0
+    for index in range(200):
+        prompt, _, plain = texts_of(record("rephrasing", generator(6, "rephrasing", index)))
+        others = set(re.findall(r"[\w#-]+", plain)) & set(reading.OTHER_WORDS)
+        assert all(word in prompt for word in others), (prompt, plain)
+        new += bool(others)
+    assert 50 < new < 150
+
+
+@pytest.mark.parametrize("mode", ["reading", "naming", "understanding", "comparing", "verifying", "reviewing",
+                                  "rephrasing", "improving_full"])
 def test_no_text_holds_a_held_out_combination(mode):
     pairs = {key[1:] for key in held_out_keys() if key[0] == "colour of shape"}
     forbidden = [f"{colour} {name}" for colour, shape in pairs for name in (shape, plural(shape, 2))]

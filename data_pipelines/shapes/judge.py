@@ -29,7 +29,7 @@ def judge(request: Request, things: Sequence[Sighting], background: str) -> tupl
     for group in request.groups:
         same_shape = [thing for thing in things if thing.shape == group.shape]
         alike = [thing for thing in same_shape if group.colour in (None, thing.colour)]
-        fitting = [thing for thing in alike if _fits(group, thing)]
+        fitting = [thing for thing in alike if fits(group, thing)]
         members.append(fitting)
         is_exact = group.count > 1 or request.category == "counting"
         wrong_number = len(alike) != group.count if is_exact else not alike
@@ -46,7 +46,8 @@ def judge(request: Request, things: Sequence[Sighting], background: str) -> tupl
     return tuple(reasons)
 
 
-def _fits(group: Group, thing: Sighting) -> bool:
+def fits(group: Group, thing: Sighting) -> bool:
+    """Whether a thing has the texture and the size that are asked for; shape and colour are not looked at."""
     return group.texture in (None, thing.texture) and has_size(group.size, thing.size)
 
 

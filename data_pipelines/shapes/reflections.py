@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines.shapes.flaws import Flaw, Repair
-from data_pipelines.shapes.judge import judge
+from data_pipelines.shapes.judge import fits, judge
 from data_pipelines.shapes.language import (
     NUMBERS,
     ask_fully,
@@ -23,7 +23,7 @@ from data_pipelines.shapes.language import (
     where,
 )
 from data_pipelines.shapes.sample import pick
-from data_pipelines.shapes.scene import Group, Request, Scene, Thing, has_size, plural
+from data_pipelines.shapes.scene import Group, Request, Scene, Thing, plural
 
 REDRAW = "clear the picture and draw all anew"
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
@@ -79,9 +79,9 @@ def doubt(rng: np.random.Generator, request: Request, flaws: Sequence[Flaw], sho
 
 
 def check(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
-    """What is asked for, as questions with their answers, and whether each is what was asked for.
+    """What is asked for, as questions with their answers, and whether each answer is the one hoped for.
 
-    All are exactly where the judge finds no fault. Most are questions that the base is asked of any picture.
+    All are where the judge finds no fault, and only there. Most are questions that the base is asked anyway.
     """
     points = [point for group in request.groups for point in _check_group(group, shown)]
     if request.relation and all(is_met for *_, is_met in points):
@@ -94,8 +94,7 @@ def check(request: Request, shown: Scene) -> list[tuple[str, str, bool]]:
 
 def _check_group(group: Group, shown: Scene) -> list[tuple[str, str, bool]]:
     alike = _alike(group, shown)
-    fitting = [thing for thing in alike
-               if group.texture in (None, thing.texture) and has_size(group.size, thing.size)]
+    fitting = [thing for thing in alike if fits(group, thing)]
     if group == Group(group.shape):
         return [(f"how many {plural(group.shape, 2)} are there?", f"{_number(alike)}.", bool(alike))]
     if group.count == 1:

@@ -1,9 +1,9 @@
 """The critic and the painter: what a draft gets wrong, and the right scene that its second picture shows.
 
-A draft is a picture that the base model drew after a plan; a detector has said what is in it. If it shows what
-the request asks for and nothing else it is right as it is, whatever was planned. Else the right scene is the
-wanted one, which is the plan or what it should have been: things of the draft are paired with those wanted, and
-what misses the request is a `Flaw`.
+A draft is a picture that the base model drew after a plan; a detector has said what is in it. If it shows
+what the request asks for it is right as it is, whatever was planned. Else the right scene is the wanted one,
+which is the plan or what it should have been: things of the draft are paired with those wanted, and what
+misses the request is a `Flaw`.
 """
 
 import dataclasses
