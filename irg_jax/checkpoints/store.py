@@ -67,7 +67,8 @@ class Writer:
     def _flush(self) -> None:
         if self._held:
             context = ocp.Context()
-            context.array.saving.use_compression = False   # bf16 weights shrink by a fifth in three times as long
+            # bf16 weights would shrink by a fifth only, in three times as long
+            context.array.saving.use_compression = False
             with context:
                 ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
             self._held, self._size = {}, 0
