@@ -28,8 +28,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "turn2": {  # and every later turn
             "num_timesteps": num_timesteps,
             "timestep_shift": 3.0,
-            "cfg_text_scale": 1.5,     # the paper's 4.0 and 2.0 spoil what was right: see docs/log.md
-            "cfg_img_scale": 1.5,
+            "cfg_text_scale": 1.0,     # guidance spoils what was right: see docs/log.md; the paper has 4.0, 2.0
+            "cfg_img_scale": 1.0,
             "cfg_interval": (0.0, 1.0),
             "cfg_renorm_type": "text_channel",
             "cfg_renorm_min": 0.0,

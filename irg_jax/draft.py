@@ -1,7 +1,7 @@
 r"""Draws training prompts with the base model: the first images that IRGL's improving records start from.
 
     python -m irg_jax.draft --config configs/shapes_generate.py --checkpoint runs/shapes/base \
-        --num 2500 --out runs/shapes/drafts
+        --num 3500 --out runs/shapes/drafts
 
 The base model is told a scene that would fulfil the prompt, what is where: the plan of the record that the
 draft is for. `data_pipelines.build` reads the folder with --config.drafts=runs/shapes/drafts. Interrupted, the
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     command.define_config("How to draw, e.g. configs/shapes_generate.py.")
     flags.DEFINE_string("checkpoint", None, "The base model's checkpoint.")
     flags.DEFINE_string("out", None, "Folder of the drafts.")
-    flags.DEFINE_integer("num", 2500, "How many are drawn.", lower_bound=1)
+    flags.DEFINE_integer("num", 3500, "How many are drawn.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Of prompts, texts and noise.", lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_integer("batch", None, "Prompts drawn at once; by default the config's.", lower_bound=1)
     flags.mark_flags_as_required(["config", "checkpoint", "out"])

@@ -54,9 +54,9 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
     return [
         Step("convert", (3, 3), command(
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
-        Step("drafts", (20, 145), (*command(
+        Step("drafts", (20, 195), (*command(
             f"-m irg_jax.draft --config {config('shapes_generate')} --checkpoint {{out}}/base"
-            " --out {out}/drafts --num"), "48" if size == "quick" else "2500", *seeded)),
+            " --out {out}/drafts --num"), "48" if size == "quick" else "3500", *seeded)),
         Step("data", (4, 35), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),

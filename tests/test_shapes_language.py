@@ -132,8 +132,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     assert [line for line in lines if line.startswith("#")] == list(reflections.HEADINGS)
     analysis, _, need, _, step, _, final = lines
     assert analysis == (
-        "i look at the picture. top left: red circle; right: green square; bottom left: striped red circle; "
-        "pale pink background. is it two red circles left of a blue square? "
+        "i look at the picture. is it two red circles left of a blue square? "
         "how many red circles are there? two. is there a blue square? no. so no, a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")
@@ -163,17 +162,18 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
     star = Thing("star", "red", "plain", 0.2, 0.2, 0.27)
     draft = Scene("position", (SQUARE, star), "white")
     flaws = (Flaw("missing", wanted=RED_CIRCLES[1:]), Flaw("shape", (star,), RED_CIRCLES[:1]))
-    told, asked = language.caption(None, draft), language.plainly(REQUEST)[:-1]
+    asked = language.plainly(REQUEST)[:-1]
     _, answer = reflections.doubt(np.random.default_rng(0), REQUEST, flaws, draft, SCENE)
     assert answer == ("how many red circles are there? none, not two. is there a blue square? yes. "
                       "so no, a circle is missing.")
     text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, flaws))
     assert text.startswith(
-        f"<think>i look at the picture. {told} is it {asked}? {answer[:-1]} and there is a star that should be "
+        f"<think>i look at the picture. is it {asked}? {answer[:-1]} and there is a star that should be "
         "a circle.\n")
     praise = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
     assert ("where are the circles? at the top left and at the bottom left. where is the square? at the right. "
             "are the circles left of the square? yes. so yes.\n") in praise
+    assert praise.endswith("### Final prompt\nthe same picture.</think>")
     assert not [word for word in ("keep", "leave", "rest") if word in praise]
 
 

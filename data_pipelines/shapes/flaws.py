@@ -67,6 +67,8 @@ def _changes(request: Request) -> tuple[Change, ...]:
         changes += [_change_texture]
     if request.num_things > 1:
         changes += [_drop]
+    if len(groups) > 1:
+        changes += [_repeat_shape] * 2
     if request.category == "counting":
         changes += [_drop, _add, _add]
     if request.relation:
@@ -78,6 +80,12 @@ def _changes(request: Request) -> tuple[Change, ...]:
 
 def _change_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene | None, Flaw]:
     return _replace_one(rng, scene, "shape", lambda thing: pick(rng, _others(SHAPES, thing.shape)))
+
+
+def _repeat_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene | None, Flaw]:
+    """Two of a kind where two kinds were asked for: how plans go wrong most often."""
+    return _replace_one(rng, scene, "shape",
+                        lambda thing: pick(rng, _others(tuple(one.shape for one in scene.things), thing.shape)))
 
 
 def _change_colour(rng: np.random.Generator, scene: Scene) -> tuple[Scene | None, Flaw]:

@@ -19,9 +19,10 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     captioning                        image (ViT only), question, caption*
     reading                           caption, (question, answer*) x 3
     naming                            system, prompt, describe*; both in other words
+    copying                           image1, instruction, image2*: the same, of nothing that has a name
     mending                           as editing, image1 being the model's own
     medley                            as captioned, every thing of a shape of its own
-    verifying                         image (ViT only), question, caption*, question, yes or no*
+    verifying                         image (ViT only), question, yes or no*
     reviewing                         as verifying, the image being the model's own
     comparing                         caption, question, yes or no*; half in other words
     rephrasing                        prompt, question, the same in plain words*; half in other words
@@ -39,6 +40,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shapes import language, reflections
+from data_pipelines.shapes.detect import detect, detect_background
 from data_pipelines.shapes.drafts import Draft, SeenDraft
 from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
@@ -47,7 +49,8 @@ from data_pipelines.shapes.render import render
 from data_pipelines.shapes.repair import repair, repair_draft
 from data_pipelines.shapes.sample import pick, sample_medley, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
-from data_pipelines.shapes.sketch import sketch
+from data_pipelines.shapes.sketch import scrawl, sketch
+from data_pipelines.shapes.split import is_training
 
 MODES = (
     "initial_thinking_understanding",
@@ -57,8 +60,8 @@ MODES = (
     "improving_thinking_generation",
     "improving_full",
 )
-BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
-              "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
+BASE_MODES = ("text_to_image", "understanding", "description", "editing", "copying", "captioned", "captioning",
+              "reading", "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -199,6 +202,8 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, 
                     _assistant(_text(thought), _drawn(story.right, side))]
         case "editing":
             return _edit_turns(rng, story, side)
+        case "copying":
+            return _copied_turns(rng, side)
         case "captioned":
             return _captioned_turns(rng, story.right, side)
         case "medley":
@@ -244,14 +249,23 @@ def _reviewed_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> lis
 
 
 def _verified_turns(scene: Scene, picture: np.ndarray, side: int, doubt: tuple[str, str]) -> list[Turn]:
-    return [_assistant(_image(scene, side, picture, need_vit=True)),
-            *_answered([(language.WHAT_IS_WHERE, language.caption(None, scene)), doubt])]
+    return [_assistant(_image(scene, side, picture, need_vit=True)), *_answered([doubt])]
 
 
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
     edit = make_edit(rng, story.request, story.prompt, right=story.right, flawed=story.flawed,
                      flaws=story.flaws)
     return _tell(edit, shown(rng, edit.first, side), side)
+
+
+def _copied_turns(rng: np.random.Generator, side: int) -> list[Turn]:
+    """With no words to draw it from, a picture can only be copied: what is kept need not be known."""
+    while True:
+        picture = scrawl(rng, side)
+        scene = Scene("counting", tuple(detect(picture)), detect_background(picture))
+        if is_training(scene):
+            return [_assistant(_seen(scene, side, picture)), _user(f"{reflections.AGAIN}."),
+                    _assistant(_drawn(scene, side, picture))]
 
 
 def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:

@@ -18,7 +18,6 @@ from data_pipelines.shapes.language import (
     counted,
     group_name,
     listed,
-    plainly,
     tagged,
     where,
 )
@@ -27,29 +26,29 @@ from data_pipelines.shapes.scene import Group, Request, Scene, Thing, plural
 
 REDRAW = "clear the picture and draw all anew"
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
+AGAIN, SAME = "draw the same picture again", "the same picture."   # of what is right
 MAX_TOLD = 2         # flaws named in a reflection
 MAX_WORDS = 120      # of a reflection of several flaws
 MAX_REMOVED = 2      # things named that are too many
 MAX_DRAWN = 2        # things added to a picture; with more it is drawn afresh
-_PRAISE = ("", "no change is needed", "draw the same picture again")   # no problem, hence what to do
+_PRAISE = ("", "no change is needed", AGAIN)   # no problem, hence what to do
 
 
 def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
-    """The look back, in think tags: what is there, if it is what was asked for, then the three headed parts.
+    """The look back, in think tags: if it is what was asked for, then the three headed parts.
 
-    The first two are said as the base says them of any picture, in reading order (`caption`) and then as the
-    answer to `doubt`: what was planned is no help there, so it cannot be repeated instead of looking.
-    Of several flaws the first MAX_TOLD are told, or the first alone where more than MAX_WORDS words would be
-    needed; the final prompt tells all of the right scene, or what was asked for if it is there.
+    The first is said as the answer to `doubt`, straight from the picture: after a caption the model would know
+    each thing by the words before it, and take a blue star, which it never read of, for a blue cross
+    (docs/log.md, 2026-11-26). Of several flaws the first MAX_TOLD are told, or the first alone where more than
+    MAX_WORDS words would be needed; the final prompt tells all of the right scene, or that it is there.
     """
     flaws, right = repair.flaws, repair.right
     remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
     if not flaws or any(step == REDRAW for *_, step in remedies):
         keep = ""
-    final = caption(None, right) if flaws else plainly(request)
-    opening = (f"i look at the picture. {caption(None, repair.draft)} {_is_it(None, request)} "
-               f"{_checks(request, repair.draft)}")
+    final = caption(None, right) if flaws else SAME
+    opening = f"i look at the picture. {_is_it(None, request)} {_checks(request, repair.draft)}"
     text = _four_parts(remedies, opening, keep, final)
     if len(text.split()) > MAX_WORDS:
         text = _four_parts(remedies[:1], opening, keep, final)
