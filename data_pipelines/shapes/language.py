@@ -1,4 +1,4 @@
-"""The words: prompts, plans, captions, descriptions and questions, in one small vocabulary.
+"""The words: prompts, thoughts, captions, descriptions and questions, in one small vocabulary.
 
 A tiny tokenizer is trained on these texts, so they stay short, plain and in lower case.
 """
@@ -52,19 +52,12 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
     return pick(rng, BACKGROUND_WORDS).format(text, request.background)
 
 
-def think(rng: np.random.Generator, request: Request, scene: Scene) -> str:
-    """The plan before drawing, in think tags: what, which colour, where. At most 30 words.
+def think(rng: np.random.Generator, scene: Scene) -> str:
+    """The thought before drawing, in think tags: what there will be, as the base thinks, and not where.
 
-    One kind after the other, as things were asked for, and those of a kind from the bottom up. With places in
-    no order a place was planned twice, with nothing but places in order a shape was (docs/log.md, 2026-11-26).
+    Told all of the layout, the first picture leaves next to nothing to improve (docs/log.md, 2026-11-26).
     """
-    items = _placed(scene)
-    if request.relation and len(items) == 2:
-        items[0] += f", {request.relation} the {scene.things[1].shape}"
-    kinds = list(dict.fromkeys(thing.shape for thing in scene.things))
-    order = sorted(reversed(_reading_order(scene)), key=lambda i: kinds.index(scene.things[i].shape))
-    opening = pick(rng, ("the plan.", "i plan this.", "the picture needs this.", "i will draw this."))
-    return tagged(f"{opening} {'; '.join(items[i] for i in order)}; {scene.background} background.")
+    return tagged(describe(rng, scene))
 
 
 def caption(rng: np.random.Generator | None, scene: Scene) -> str:

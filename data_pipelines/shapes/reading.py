@@ -59,5 +59,4 @@ def read_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, list[tupl
 
 def name_things(rng: np.random.Generator, prompt: str, scene: Scene) -> tuple[str, str]:
     """A prompt and the short description that a model thinks of before it draws, both in other words."""
-    prompt, thought = rename(rng, (prompt, language.describe(rng, scene)))
-    return prompt, language.tagged(thought)
+    return tuple(rename(rng, (prompt, language.think(rng, scene))))

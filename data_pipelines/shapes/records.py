@@ -159,7 +159,7 @@ def _opening(prompt: str) -> list[Turn]:
 
 
 def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    plan = _text(language.think(rng, story.request, story.right))
+    plan = _text(language.think(rng, story.right))
     match mode:
         case "initial_thinking_understanding":
             return [_assistant(_seen(story.right, side)), _user(language.HOW_TO_THINK),
@@ -173,7 +173,7 @@ def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int)
 
 def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     draft, repaired = seen.draft, repair_draft(seen)
-    plan = _text(language.think(rng, draft.request, draft.planned), need_loss=False)
+    plan = _text(language.think(rng, draft.planned), need_loss=False)
     reflection = _text(reflections.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
     better = draft.image if not repaired.flaws else None   # None: rendered
@@ -197,9 +197,9 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, 
             image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
             return [_assistant(image), *_answered(asked)]
         case "description":
-            thought = language.tagged(language.describe(rng, story.right))
+            thought = _text(language.think(rng, story.right))
             return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
-                    _assistant(_text(thought), _drawn(story.right, side))]
+                    _assistant(thought, _drawn(story.right, side))]
         case "editing":
             return _edit_turns(rng, story, side)
         case "copying":

@@ -26,7 +26,7 @@ from data_pipelines.shapes.scene import Group, Request, Scene, Thing, plural
 
 REDRAW = "clear the picture and draw all anew"
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
-AGAIN, SAME = "draw the same picture again", "the same picture."   # of what is right
+AGAIN = "draw the same picture again"   # if it is right
 MAX_TOLD = 2         # flaws named in a reflection
 MAX_WORDS = 120      # of a reflection of several flaws
 MAX_REMOVED = 2      # things named that are too many
@@ -40,18 +40,18 @@ def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     The first is said as the answer to `doubt`, straight from the picture: after a caption the model would know
     each thing by the words before it, and take a blue star, which it never read of, for a blue cross
     (docs/log.md, 2026-11-26). Of several flaws the first MAX_TOLD are told, or the first alone where more than
-    MAX_WORDS words would be needed; the final prompt tells all of the right scene, or that it is there.
+    MAX_WORDS words would be needed. The final prompt tells all of the right scene, what is where: more than the
+    thought before the first picture did.
     """
     flaws, right = repair.flaws, repair.right
     remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
     keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
     if not flaws or any(step == REDRAW for *_, step in remedies):
         keep = ""
-    final = caption(None, right) if flaws else SAME
     opening = f"i look at the picture. {_is_it(None, request)} {_checks(request, repair.draft)}"
-    text = _four_parts(remedies, opening, keep, final)
+    text = _four_parts(remedies, opening, keep, caption(None, right))
     if len(text.split()) > MAX_WORDS:
-        text = _four_parts(remedies[:1], opening, keep, final)
+        text = _four_parts(remedies[:1], opening, keep, caption(None, right))
     return tagged(text)
 
 
