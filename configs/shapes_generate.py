@@ -34,7 +34,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             "cfg_renorm_type": "text_channel",
             "cfg_renorm_min": 0.0,
         },
-        # The likeliest tokens, as BAGEL's default is: IRG's temperature of 0.3 costs this model 6 of 100 plans
+        # The likeliest tokens, as BAGEL's default is: IRG's temperature of 0.3 cost 6 of 100 first thoughts
         # and 10 of 100 first pictures (docs/log.md, 2026-11-26).
         "text": {"max_length": 256, "do_sample": False},
         "height": 64,

@@ -3,10 +3,10 @@
     DIR/0000.parquet ...   columns prompt, request, planned, wanted (JSON), image (PNG); by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
-Each was drawn from a caption, most after the plan that the record tells. Some plans miss the request in one
-point, as a model's own do: who learnt from right plans alone would hold the picture against the plan, never
-against the prompt. Some pictures were drawn with one point otherwise than planned: where pictures are as
-planned, one learns to repeat the plan instead of looking.
+Each was drawn from a caption, most of the scene that was planned; the record's first thought names its things.
+Some plans miss the request in one point, as a model's own thoughts do: who learnt from right ones alone would
+hold the picture against the thought, never against the prompt. Some pictures were drawn with one point
+otherwise than planned: where pictures are as planned, one learns to repeat the thought instead of looking.
 
 The critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
 show a held-out combination are left out and counted: no training picture may.
