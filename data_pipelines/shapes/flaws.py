@@ -83,7 +83,7 @@ def _change_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene | None,
 
 
 def _repeat_shape(rng: np.random.Generator, scene: Scene) -> tuple[Scene | None, Flaw]:
-    """Two of a kind where two kinds were asked for: how plans go wrong most often."""
+    """Two of a kind where two kinds were asked for, as plans of two objects go wrong."""
     return _replace_one(rng, scene, "shape",
                         lambda thing: pick(rng, _others(tuple(one.shape for one in scene.things), thing.shape)))
 
