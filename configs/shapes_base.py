@@ -91,7 +91,7 @@ def _stages() -> dict:
             # Layout is decided in the noisiest fifth of the way, which a shift of 1.5 hardly visits.
             timestep_shift=4.0,
             weights={"text_to_image": 1.5, "captioned": 1.5, "medley": 2.0, "description": 1.0, "editing": 3.0,
-                     "copying": 1.5, "understanding": 2.0, "captioning": 2.0, "verifying": 3.0, "reading": 0.5,
+                     "understanding": 2.0, "captioning": 2.0, "verifying": 3.0, "reading": 0.5,
                      "naming": 0.5, "comparing": 2.5, "rephrasing": 0.5},
             packs_per_step=12, text_tokens=176, vit_tokens=48, latent_tokens=80, images=5,
             max_tokens_per_record=272),
@@ -100,7 +100,7 @@ def _stages() -> dict:
             # Layout is known by now; which shape a thing has is decided later on the way.
             timestep_shift=2.5,
             weights={"text_to_image": 1.0, "captioned": 2.5, "medley": 4.0, "description": 0.5, "editing": 2.0,
-                     "copying": 1.5, "mending": 2.5, "understanding": 0.7, "captioning": 0.5, "verifying": 2.5,
+                     "mending": 2.5, "understanding": 0.7, "captioning": 0.5, "verifying": 2.5,
                      "reviewing": 2.5, "reading": 0.4, "naming": 0.3, "comparing": 0.8, "rephrasing": 0.3},
             packs_per_step=16, text_tokens=176, vit_tokens=32, latent_tokens=80, images=5,
             max_tokens_per_record=240),

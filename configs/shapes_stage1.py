@@ -42,8 +42,8 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "data": {
             "source": "runs/shapes/data",
             "groups": GROUPS,
-            "packs_per_step": 9 if size == "full" else 2,
-            "text_tokens": 312, "vit_tokens": 48, "latent_tokens": 48, "images": 3,
+            "packs_per_step": 8 if size == "full" else 2,
+            "text_tokens": 328, "vit_tokens": 48, "latent_tokens": 64, "images": 4,
             "max_tokens_per_record": 376,
             "text_dropout": 0.1,
             "vae_dropout": 0.3,

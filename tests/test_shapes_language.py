@@ -20,6 +20,14 @@ RED_CIRCLES = (Thing("circle", "red", "plain", 0.2, 0.2, 0.27),
 SQUARE = Thing("square", "blue", "plain", 0.8, 0.5, 0.4)
 REQUEST = Request("position", (Group("circle", 2, "red"), Group("square", 1, "blue")), "left of")
 SCENE = Scene("position", (*RED_CIRCLES, SQUARE), "pale pink")
+FINAL = ("two red circles left of a blue square. top left: red circle; bottom left: striped red circle; "
+         "right: blue square; pale pink background.")
+
+
+def critique(repair: Repair) -> str:
+    """A reflection that says what is wrong."""
+    texts = (reflections.reflect(np.random.default_rng(seed), REQUEST, repair) for seed in itertools.count())
+    return next(text for text in texts if "so no, " in text)
 
 
 def num_words(text: str) -> int:
@@ -120,7 +128,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
     green = Thing("square", "green", "plain", 0.8, 0.5, 0.4)
     draft = Scene("position", (*RED_CIRCLES, green), "pale pink")
     flaw = Flaw("colour", (green,), (SQUARE,))
-    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, (flaw,)))
+    text = critique(Repair(draft, SCENE, (flaw,)))
     assert text.startswith("<think>") and text.endswith("</think>")
     lines = text.removeprefix("<think>").removesuffix("</think>").split("\n")
     assert [line for line in lines if line.startswith("#")] == list(reflections.HEADINGS)
@@ -130,8 +138,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
         "how many red circles are there? two. is there a blue square? no. so no, a square is green.")
     assert need == "the square must be blue."
     assert step.startswith("paint the green square at the right blue. ")
-    assert final == ("top left: red circle; right: blue square; bottom left: striped red circle; "
-                     "pale pink background.")
+    assert final == FINAL
 
 
 @pytest.mark.parametrize("flaw, step", [
@@ -148,8 +155,7 @@ def test_a_reflection_names_the_flaw_and_the_fix():
 ])
 def test_the_step_of_each_flaw(flaw, step):
     flawed = Scene("position", SCENE.things, "white")
-    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(flawed, SCENE, (flaw,)))
-    assert step in text
+    assert step in critique(Repair(flawed, SCENE, (flaw,)))
 
 
 def test_the_look_back_says_what_the_base_says_of_any_picture():
@@ -160,15 +166,30 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
     _, answer = reflections.doubt(np.random.default_rng(0), REQUEST, flaws, draft, SCENE)
     assert answer == ("how many red circles are there? none, not two. is there a blue square? yes. "
                       "so no, a circle is missing.")
-    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(draft, SCENE, flaws))
-    assert text.startswith(
+    assert critique(Repair(draft, SCENE, flaws)).startswith(
         f"<think>i look at the picture. is it {asked}? {answer[:-1]} and there is a star that should be "
         "a circle.\n")
-    praise = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(SCENE, SCENE, ()))
-    assert ("where are the circles? at the top left and at the bottom left. where is the square? at the right. "
-            "are the circles left of the square? yes. so yes.\n") in praise
-    assert praise.endswith(f"### Final prompt\n{language.caption(None, SCENE)}</think>")
-    assert not [word for word in ("keep", "leave", "rest") if word in praise]
+
+
+def test_nothing_is_said_against_a_right_picture_or_half_of_the_wrong_ones():
+    flawed = Repair(Scene("position", RED_CIRCLES, "white"), SCENE, (Flaw("missing", wanted=(SQUARE,)),))
+    said = ("<think>i look at the picture.\n### Required improvements\nthe picture must have all things.\n"
+            "### Step-by-step modification\ndraw all anew.\n"
+            f"### Final prompt\n{FINAL}</think>")
+    right, wrong = ([reflections.reflect(np.random.default_rng(seed), REQUEST, repair) for seed in range(200)]
+                    for repair in (Repair(SCENE, SCENE, ()), flawed))
+    assert set(right) == {said}
+    assert 70 < wrong.count(said) < 130
+    assert all(text.endswith(f"### Final prompt\n{FINAL}</think>") for text in wrong)
+
+
+def test_the_final_prompt_follows_the_request_and_then_the_eye():
+    """Also of a picture that shows more than was asked for."""
+    star = Thing("star", "blue", "plain", 0.5, 0.1, 0.2)
+    scene = Scene("position", (star, SQUARE, *RED_CIRCLES[::-1]), "pale pink")
+    text = reflections.reflect(np.random.default_rng(0), REQUEST, Repair(scene, scene, ()))
+    *_, final = text.removesuffix("</think>").split("\n")
+    assert final == FINAL.replace("; pale", "; top: blue star; pale")
 
 
 def test_the_background_is_asked_for_where_one_was_wanted():

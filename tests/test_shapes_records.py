@@ -28,7 +28,6 @@ SEQUENCES = {
     "understanding": "[i+vit] q [t*] q [t*] q [t*]",
     "description": "s p [t* i*]",
     "editing": "[i+vae+vit] q [i*]",
-    "copying": "[i+vae+vit] q [i*]",
     "captioned": "p [i*]",
     "captioning": "[i+vit] q [t*]",
     "reading": "p q [t*] q [t*] q [t*]",
@@ -82,7 +81,7 @@ def test_sequence_losses_and_images(mode, side):
         assert (said.lstrip("pq ") if mode in ("editing", "mending") else said) == SEQUENCES[mode]
         for image in images(turns):
             assert image.shape == (side, side, 3) and image.dtype == np.uint8
-            assert detect(image) or mode == "copying"
+            assert detect(image)
         for turn in turns:
             for part in turn["content"] if turn["role"] == "assistant" else ():
                 views = {"need_vae", "need_vit"} if part["type"] == "image" else set()
@@ -123,17 +122,16 @@ def drawn_scenes(monkeypatch):
 def test_no_training_picture_shows_a_held_out_combination(mode, drawn_scenes):
     for index in range(600):
         record(mode, generator(1, mode, index), split="train")
-    if mode not in ("initial_thinking_generation", "copying", "reading", "naming", "comparing", "rephrasing"):
+    if mode not in ("initial_thinking_generation", "reading", "naming", "comparing", "rephrasing"):
         assert len(drawn_scenes) >= 600
     forbidden = held_out_keys()
     assert not [scene for scene in drawn_scenes if combinations(scene) & forbidden]
 
 
-@pytest.mark.parametrize("mode", ["improving_full", "copying"])
-def test_no_training_picture_shows_one_to_the_detector_either(mode):
+def test_no_training_picture_shows_one_to_the_detector_either():
     forbidden = held_out_keys()
     for index in range(150):
-        for image in images(record(mode, generator(2, mode, index))):
+        for image in images(record("improving_full", generator(2, "improving_full", index))):
             seen = Scene("counting", tuple(detect(image)), detect_background(image))
             assert not combinations(seen) & forbidden
 
@@ -143,14 +141,6 @@ def test_some_first_pictures_are_already_right():
              for index in range(200)]
     same = np.mean([np.array_equal(*pair) for pair in pairs])
     assert 0.15 < same < 0.35
-
-
-def test_a_copy_is_the_same_picture_and_has_no_words():
-    pictures = [images(turns) for index in range(60)
-                if len(turns := record("copying", generator(6, "copying", index))) == 3]
-    assert all(np.array_equal(*pair) for pair in pictures)
-    assert len({first.tobytes() for first, _ in pictures}) == 60
-    assert np.mean([bool(detect(first)) for first, _ in pictures]) < 0.9
 
 
 def test_heldout_prompts_are_distinct_balanced_and_held_out():

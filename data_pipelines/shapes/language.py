@@ -63,14 +63,20 @@ def think(rng: np.random.Generator, scene: Scene) -> str:
 
 def caption(rng: np.random.Generator | None, scene: Scene) -> str:
     """All that the picture shows and where, in any order; without an rng as one reads, from the top left."""
-    items = _placed(scene)
-    order = _reading_order(scene) if rng is None else rng.permutation(len(items))
-    return "; ".join((*(items[i] for i in order), f"{scene.background} background."))
+    things = in_reading_order(scene.things)
+    order = range(len(things)) if rng is None else rng.permutation(len(things))
+    return told(dataclasses.replace(scene, things=tuple(things[i] for i in order)))
 
 
-def _reading_order(scene: Scene) -> list[int]:
-    place = lambda i: (PLACES.index(where(scene.things[i])), scene.things[i].x)
-    return sorted(range(len(scene.things)), key=place)
+def told(scene: Scene) -> str:
+    """Every thing after its place, of one or two also the size, in the scene's order, and the background."""
+    items = [_at(thing, full=len(scene.things) <= 2) for thing in scene.things]
+    return "; ".join((*items, f"{scene.background} background."))
+
+
+def in_reading_order(things: Sequence[Thing]) -> list[Thing]:
+    """From the top left to the bottom right."""
+    return sorted(things, key=lambda thing: (PLACES.index(where(thing)), thing.x))
 
 
 def describe(rng: np.random.Generator, scene: Scene) -> str:
@@ -176,11 +182,6 @@ def counted(count: int, *words: str) -> str:
     if count > 1:
         return f"{NUMBERS[count]} {phrase}"
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
-
-
-def _placed(scene: Scene) -> list[str]:
-    """Every thing after its place; of one or two also the size."""
-    return [_at(thing, full=len(scene.things) <= 2) for thing in scene.things]
 
 
 def _at(thing: Thing, *, full: bool) -> str:

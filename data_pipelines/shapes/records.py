@@ -19,7 +19,6 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     captioning                        image (ViT only), question, caption*
     reading                           caption, (question, answer*) x 3
     naming                            system, prompt, describe*; both in other words
-    copying                           image1, instruction, image2*: the same, of nothing that has a name
     mending                           as editing, image1 being the model's own
     medley                            as captioned, every thing of a shape of its own
     verifying                         image (ViT only), question, yes or no*
@@ -49,7 +48,7 @@ from data_pipelines.shapes.render import render
 from data_pipelines.shapes.repair import repair, repair_draft
 from data_pipelines.shapes.sample import pick, sample_medley, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
-from data_pipelines.shapes.sketch import scrawl, sketch
+from data_pipelines.shapes.sketch import sketch
 from data_pipelines.shapes.split import is_training
 
 MODES = (
@@ -60,8 +59,8 @@ MODES = (
     "improving_thinking_generation",
     "improving_full",
 )
-BASE_MODES = ("text_to_image", "understanding", "description", "editing", "copying", "captioned", "captioning",
-              "reading", "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
+BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
+              "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
@@ -176,15 +175,14 @@ def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side:
     plan = _text(language.think(rng, draft.planned), need_loss=False)
     reflection = _text(reflections.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
-    better = draft.image if not repaired.flaws else None   # None: rendered
     match mode:
         case "improving_thinking_understanding":
-            return [*opening, _assistant(first, _seen(repaired.right, side, better)),
+            return [*opening, _assistant(first, _seen(repaired.right, side)),
                     _user(language.HOW_TO_IMPROVE), _assistant(reflection)]
         case "improving_thinking_generation":
             return [*opening, _assistant(plan, first, reflection)]
         case "improving_full":
-            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side, better))]
+            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side))]
     raise AssertionError(mode)
 
 
@@ -202,8 +200,6 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, 
                     _assistant(thought, _drawn(story.right, side))]
         case "editing":
             return _edit_turns(rng, story, side)
-        case "copying":
-            return _copied_turns(rng, side)
         case "captioned":
             return _captioned_turns(rng, story.right, side)
         case "medley":
@@ -256,16 +252,6 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
     edit = make_edit(rng, story.request, story.prompt, right=story.right, flawed=story.flawed,
                      flaws=story.flaws)
     return _tell(edit, shown(rng, edit.first, side), side)
-
-
-def _copied_turns(rng: np.random.Generator, side: int) -> list[Turn]:
-    """With no words to draw it from, a picture can only be copied: what is kept need not be known."""
-    while True:
-        picture = scrawl(rng, side)
-        scene = Scene("counting", tuple(detect(picture)), detect_background(picture))
-        if is_training(scene):
-            return [_assistant(_seen(scene, side, picture)), _user(f"{reflections.AGAIN}."),
-                    _assistant(_drawn(scene, side, picture))]
 
 
 def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:

@@ -14,11 +14,13 @@ from data_pipelines.shapes.language import (
     NUMBERS,
     ask_fully,
     attributes,
-    caption,
     counted,
     group_name,
+    in_reading_order,
     listed,
+    plainly,
     tagged,
+    told,
     where,
 )
 from data_pipelines.shapes.sample import pick
@@ -26,46 +28,67 @@ from data_pipelines.shapes.scene import Group, Request, Scene, Thing, plural
 
 REDRAW = "clear the picture and draw all anew"
 HEADINGS = ("### Required improvements", "### Step-by-step modification", "### Final prompt")
-AGAIN = "draw the same picture again"   # if it is right
+AGAIN = "draw the same picture again"   # if nothing is to be edited
+LOOK = "i look at the picture."
+UNTOLD_SHARE = 0.5   # of the wrong pictures, those of which a reflection says nothing but what there must be
 MAX_TOLD = 2         # flaws named in a reflection
 MAX_WORDS = 120      # of a reflection of several flaws
 MAX_REMOVED = 2      # things named that are too many
 MAX_DRAWN = 2        # things added to a picture; with more it is drawn afresh
-_PRAISE = ("", "no change is needed", AGAIN)   # no problem, hence what to do
+# What there must be and what to do, of any picture.
+_GENERAL = ("the picture must have all things.", "draw all anew.")
 
 
 def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
-    """The look back, in think tags: if it is what was asked for, then the three headed parts.
+    """The look back, in think tags: what is wrong with the picture, and the three headed parts.
 
-    The first is said as the answer to `doubt`, straight from the picture: after a caption the model would know
-    each thing by the words before it, and take a blue star, which it never read of, for a blue cross
-    (docs/log.md, 2026-11-26). Of several flaws the first MAX_TOLD are told, or the first alone where more than
-    MAX_WORDS words would be needed. The final prompt tells all of the right scene, what is where: more than the
-    thought before the first picture did.
+    Nothing is found wrong with a right picture, and nothing is said of UNTOLD_SHARE of the wrong ones: there
+    the final prompt alone tells of the right scene, what is where. So drawing learns to go by it even where the
+    model overlooks a flaw. Of several flaws the first MAX_TOLD are told, or the first alone where more than
+    MAX_WORDS words would be needed.
+
+    What is wrong is said as the answer to `doubt`, straight from the picture: after a caption the model would
+    know each thing by the words before it, and take a blue star, which it never read of, for a blue cross
+    (docs/log.md, 2026-11-26).
     """
-    flaws, right = repair.flaws, repair.right
-    remedies = [_remedy(request, flaw, repair.draft, right) for flaw in flaws[:MAX_TOLD]] or [_PRAISE]
+    final = _final_prompt(request, repair.right)
+    if not repair.flaws or rng.random() < UNTOLD_SHARE:
+        return tagged(_headed(LOOK, *_GENERAL, final))
+    remedies = [_remedy(request, flaw, repair.draft, repair.right) for flaw in repair.flaws[:MAX_TOLD]]
     keep = pick(rng, (" keep all the rest.", " keep everything else.", " leave the rest."))
-    if not flaws or any(step == REDRAW for *_, step in remedies):
+    if any(step == REDRAW for *_, step in remedies):
         keep = ""
-    opening = f"i look at the picture. {_is_it(None, request)} {_checks(request, repair.draft)}"
-    text = _four_parts(remedies, opening, keep, caption(None, right))
+    opening = f"{LOOK} {_is_it(None, request)} {_checks(request, repair.draft)}"
+    text = _told(opening, remedies, keep, final)
     if len(text.split()) > MAX_WORDS:
-        text = _four_parts(remedies[:1], opening, keep, caption(None, right))
+        text = _told(opening, remedies[:1], keep, final)
     return tagged(text)
 
 
-def _four_parts(remedies: Sequence[tuple[str, str, str]], opening: str, keep: str, final: str) -> str:
+def _told(opening: str, remedies: Sequence[tuple[str, str, str]], keep: str, final: str) -> str:
     problem, need, step = (f"{separator} ".join(parts)
                            for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
-    first, second, third = HEADINGS
-    return f"{opening} {_verdict(problem)}\n{first}\n{need}.\n{second}\n{step}.{keep}\n{third}\n{final}"
+    return _headed(f"{opening} {_verdict(problem)}", f"{need}.", f"{step}.{keep}", final)
+
+
+def _headed(opening: str, *parts: str) -> str:
+    return "\n".join((opening, *(line for pair in zip(HEADINGS, parts) for line in pair)))
+
+
+def _final_prompt(request: Request, right: Scene) -> str:
+    """What is asked for, plainly, then what is where, in the same order: places for the things asked for."""
+
+    def group_of(thing: Thing) -> int:
+        return next((i for i, group in enumerate(request.groups) if thing in _alike(group, right) and
+                     fits(group, thing)), len(request.groups))
+    things = sorted(in_reading_order(right.things), key=group_of)
+    return f"{plainly(request)} {told(dataclasses.replace(right, things=tuple(things)))}"
 
 
 def instruct(rng: np.random.Generator, request: Request, *, flaws: Sequence[Flaw], flawed: Scene,
              right: Scene) -> str:
     """What a user asks of a picture to be edited: how the base model learns to keep most of one."""
-    step = _remedy(request, flaws[0], flawed, right)[2] if flaws else _PRAISE[2]
+    step = _remedy(request, flaws[0], flawed, right)[2] if flaws else AGAIN
     keep = pick(rng, ("", "", " and keep all the rest")) if step != REDRAW else ""
     return f"{step}{keep}."
 
