@@ -1,11 +1,12 @@
-"""The paper's effect on the miniature: seeds, further turns, the length of thoughts, and the ablation.
+"""The paper's effect on the miniature: seeds, further turns, the length of thoughts, sight, and the ablation.
 
     python benchmarks/effect.py seeds --out runs/effect       the main job with seeds 0, 1, 2
     python benchmarks/effect.py turns --run runs/shapes       four turns of a trained model
     python benchmarks/effect.py length --run runs/shapes      gain of turn 2 against the words of its thought
+    python benchmarks/effect.py sight --run runs/shapes       turn 2 after another prompt's first picture
     python benchmarks/effect.py ablation --run runs/shapes    base; better images; trajectories; six modes
 
-Each runs public commands (finished ones find their work done), prints a table, writes
+Each runs public commands (finished ones find their work done; `sight` draws by itself), prints a table, writes
 benchmarks/results/effect_<name>.json and prints it last. --run is a finished `launch/local.sh`.
 """
 
@@ -19,17 +20,24 @@ from typing import Any
 
 import machine
 import numpy as np
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from configs import shapes_generate  # noqa: E402
+from data_pipelines.config import from_config_dict  # noqa: E402
+from data_pipelines.shapes.score import score  # noqa: E402
 from irg_jax.evaluation.results import SYSTEMS, read_results  # noqa: E402
+from irg_jax.evaluation.shapes import read_prompts  # noqa: E402
 from irg_jax.evaluation.statistics import (  # noqa: E402
     Interval,
     align_verdicts,
     paired_bootstrap,
     score_table,
 )
+from irg_jax.sampling.config import SamplingConfig  # noqa: E402
+from irg_jax.sampling.opening import in_batches, load_generator  # noqa: E402
 
 TURNS = 4
 GROUPS = 4       # of prompts, by the length of the second thought
@@ -110,6 +118,32 @@ def measure_length(flags: argparse.Namespace) -> dict[str, Any]:
     return {"cases": cases, "correlation": round(float(np.corrcoef(lengths, gain)[0, 1]), 4)}
 
 
+def measure_sight(flags: argparse.Namespace) -> dict[str, Any]:
+    """Turn 2 after the model's own first pictures and, all else alike, after those of the next prompts."""
+    folder = ROOT / flags.run / "eval" / "shapes"
+    prompts = read_prompts(ROOT / flags.run / "data" / "prompts_heldout.jsonl")
+    first = {result.id: result for result in read_results(folder / "results.jsonl") if result.system == "turn1"}
+    thoughts = [first[prompt.id].text for prompt in prompts]
+    pictures = [np.asarray(Image.open(first[prompt.id].image).convert("RGB")) for prompt in prompts]
+    config = from_config_dict(SamplingConfig, shapes_generate.get_config())
+    generator, _ = load_generator(str(ROOT / flags.run / "stage2"), config, prompts={})
+    right: dict[str, list[bool]] = {"own": [], "of the next prompt": []}
+    for batch, padded in in_batches(range(len(prompts)), config.batch_size):
+        state = generator.begin([prompts[i].prompt for i in padded], seeds=padded)
+        _, state = generator.think(state, [thoughts[i] for i in padded])
+        for step, verdicts in enumerate(right.values()):
+            after = generator.look(state, [pictures[(i + step) % len(prompts)] for i in padded])
+            _, after = generator.think(after)
+            verdicts += [score(prompts[i].request, image).correct for i, image in zip(batch, generator.draw(after))]
+    own, other = (np.array(verdicts) for verdicts in right.values())
+    gain = as_json(paired_bootstrap(own, other, seed=0, strata=[prompt.category for prompt in prompts]))
+    for name, verdicts in right.items():
+        print_row(f"turn 2, first picture {name}", float(np.mean(verdicts)))
+    print_row("own minus the next prompt's", gain)
+    return {"scores": {name: round(float(np.mean(verdicts)), 4) for name, verdicts in right.items()},
+            "own_minus_next": gain}
+
+
 def measure_ablation(flags: argparse.Namespace) -> dict[str, Any]:
     """What each ingredient adds, at an equal number of steps: images alone, trajectories, all six modes."""
     base, folder = f"{flags.run}/base", pathlib.Path(flags.run, "ablation")
@@ -141,7 +175,7 @@ def print_row(name: str, *values: float | Mapping[str, Any]) -> None:
 
 
 MEASURES = {"seeds": measure_seeds, "turns": measure_turns, "length": measure_length,
-            "ablation": measure_ablation}
+            "sight": measure_sight, "ablation": measure_ablation}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
             "groups": {"initial_full": {"weight": 1.0, "is_mandatory": True},
                        "improving_full": {"weight": 1.0, "is_mandatory": True}},
             "packs_per_step": 8 if size == "full" else 2,
-            "text_tokens": 312, "vit_tokens": 32, "latent_tokens": 80, "images": 5,
+            "text_tokens": 344, "vit_tokens": 32, "latent_tokens": 80, "images": 5,
             "max_tokens_per_record": 504,
             "text_dropout": 0.1,
             "vae_dropout": 0.3,

@@ -3,8 +3,8 @@ r"""Draws training prompts with the base model: the first images that IRGL's imp
     python -m irg_jax.draft --config configs/shapes_generate.py --checkpoint runs/shapes/base \
         --num 3500 --out runs/shapes/drafts
 
-The base model is told a scene that would fulfil the prompt, what is where: more than the first thought of the
-record that the draft is for. `data_pipelines.build` reads the folder with --config.drafts=runs/shapes/drafts.
+The base model is given the prompt and a thought that says what there will be, and draws.
+`data_pipelines.build` reads the folder with --config.drafts=runs/shapes/drafts.
 Interrupted, the same command draws only what is missing.
 """
 

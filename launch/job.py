@@ -54,26 +54,26 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
     return [
         Step("convert", (3, 3), command(
             "-m irg_jax.convert --source assets/shapes_base --target {out}/base")),
-        Step("drafts", (20, 195), (*command(
+        Step("drafts", (20, 235), (*command(
             f"-m irg_jax.draft --config {config('shapes_generate')} --checkpoint {{out}}/base"
             " --out {out}/drafts --num"), "48" if size == "quick" else "3500", *seeded)),
-        Step("data", (4, 35), command(
+        Step("data", (4, 45), command(
             f"-m data_pipelines.build --config {config('shapes_data')} --source shapes"
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),
-        Step("moments", (10, 105), command(
+        Step("moments", (10, 115), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
             " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
-        Step("stage1", (33, 525), (*command(
+        Step("stage1", (33, 590), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"
             " --config.data.moments={out}/moments"), *train_seeded)),
-        Step("stage2", (30, 1110), (*command(
+        Step("stage2", (30, 1100), (*command(
             f"-m irg_jax.train --config {config('shapes_stage2')} --workdir {{out}}"
             " --config.data.source={out}/data --config.data.moments={out}/moments"), *train_seeded)),
         Step("generate", (20, 17), (*command(
             f"-m irg_jax.generate --config {config('shapes_generate')} --checkpoint {{out}}/stage2"
             " --out {out}/generate"), "--prompt", PROMPT)),
-        Step("evaluate", (32, 180), (*command(
+        Step("evaluate", (32, 160), (*command(
             f"-m irg_jax.evaluate --benchmark shapes --config {config('shapes_generate')}"
             " --base {out}/base --checkpoint {out}/stage2"
             " --prompts {out}/data/prompts_heldout.jsonl --out {out}/eval/shapes"), *seeded)),

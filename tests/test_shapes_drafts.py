@@ -16,6 +16,7 @@ from data_pipelines.shapes import language
 from data_pipelines.shapes.build import build
 from data_pipelines.shapes.detect import detect
 from data_pipelines.shapes.drafts import (
+    SCHEMA,
     Draft,
     SeenDraft,
     finish,
@@ -34,7 +35,6 @@ from data_pipelines.shapes.score import score
 from data_pipelines.shapes.sketch import sketch
 from data_pipelines.sources import ParquetRows
 from irg_jax.sampling import drafting
-from irg_jax.sampling.trajectory import Turn
 
 HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), "white")
 
@@ -42,8 +42,8 @@ HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), 
 def draw(index: int) -> Draft:
     """A picture with one flaw, as a base model might draw it."""
     rng = generator(3, "draft", index)
-    *order, _ = order_draft(rng)
-    return Draft(*order, render(make_flawed(rng, order[1], order[3], split="train")[0]))
+    order = order_draft(rng)
+    return Draft(*order, render(make_flawed(rng, order.request, order.wanted, split="train")[0]))
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,14 @@ def test_an_improving_record_starts_from_its_draft(mode, drafts):
         np.testing.assert_array_equal(first, one.draft.image)
         assert turns[1]["content"] == one.draft.prompt
         if mode != "improving_thinking_understanding":
-            plan = turns[2]["content"][0]["content"]
-            assert all(f"{thing.colour} {thing.shape}" in plan for thing in one.draft.planned.things)
+            assert turns[2]["content"][0]["content"] == one.draft.thought
         assert all(score(one.draft.request, image).correct for image in rest)
 
 
 def right_drafts():
     """Crooked, as the model draws them."""
-    orders = [order_draft(generator(3, "right", index))[:4] for index in range(24)]
-    drafts = [Draft(*order, sketch(np.random.default_rng(0), render(order[3]))) for order in orders]
+    orders = [order_draft(generator(3, "right", index)) for index in range(24)]
+    drafts = [Draft(*order, sketch(np.random.default_rng(0), render(order.wanted))) for order in orders]
     return [one for one in look_at(drafts) if not repair_draft(one).flaws]
 
 
@@ -143,10 +142,9 @@ def test_initial_records_do_not_see_drafts(drafts):
 
 
 @pytest.mark.parametrize("column, change, message", [
-    ("planned", lambda scene: scene["things"][0].update(x=7.5), r"scene.things\[0\].x is 7.5"),
-    ("planned", lambda scene: scene.update(things=[]), "the scene that is wanted .* or nothing is planned"),
-    ("planned", lambda scene: scene.update(HELD_OUT.to_json()), "the plan, or what is wanted, shows what"),
+    ("wanted", lambda scene: scene["things"][0].update(x=7.5), r"scene.things\[0\].x is 7.5"),
     ("wanted", lambda scene: scene.update(things=[]), "the scene that is wanted does not fulfil the request"),
+    ("wanted", lambda scene: scene.update(HELD_OUT.to_json()), "the scene that is wanted does not"),
     ("wanted", lambda scene: scene.update(things="none"), "scene.things is 'none': give a list"),
     ("wanted", lambda scene: scene["things"][0].update(shape="cube"), r"scene.things\[0\].shape is 'cube'"),
 ])
@@ -161,22 +159,28 @@ def test_a_scene_that_cannot_be_is_named(folder, column, change, message):
         read_drafts(folder)
 
 
+@pytest.mark.parametrize("column", ["prompt", "thought"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_a_text_that_is_missing_is_named(folder, column, value):
+    table = pyarrow.parquet.read_table(folder / "0000.parquet").to_pylist()
+    table[5][column] = value
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table, schema=SCHEMA), folder / "0000.parquet")
+    finish(folder)
+    with pytest.raises(ValueError, match="0000.parquet row 5: a prompt or a thought is missing"):
+        read_drafts(folder)
+
+
 def test_drafts_that_show_what_is_held_out_are_left_out(drafts):
     request = Request("single_object", (Group("circle"),))
-    shown = Draft("a circle", request, HELD_OUT, HELD_OUT, render(HELD_OUT))
+    shown = Draft("a circle", request, "<think>a circle.</think>", HELD_OUT, render(HELD_OUT))
     assert [one.draft for one in look_at([drafts[0], shown])] == [drafts[0]]
 
 
-def test_some_plans_and_some_pictures_miss_the_request_and_what_is_wanted_never():
+def test_some_thoughts_miss_the_request_and_what_is_wanted_never():
     orders = [order_draft(generator(4, "draft", index)) for index in range(300)]
-    fulfils = lambda order, scene: not judge(order.request, scene.things, scene.background)
-    assert all(fulfils(order, order.wanted) for order in orders)
-    assert 30 < sum(not fulfils(order, order.planned) for order in orders) < 65
-    assert all(order.planned == order.wanted for order in orders if fulfils(order, order.planned))
-    items = lambda caption: sorted(caption.removesuffix(".").split("; "))
-    as_planned = [items(order.caption) == items(language.caption(None, order.planned)) for order in orders]
-    assert 210 < sum(as_planned) < 265
-    assert all(fulfils(order, order.planned) for order, same in zip(orders, as_planned) if not same)
+    assert all(not judge(order.request, order.wanted.things, order.wanted.background) for order in orders)
+    names = lambda order: all(f"{thing.colour} {thing.shape}" in order.thought for thing in order.wanted.things)
+    assert 250 < sum(map(names, orders)) < 300
 
 
 def test_a_data_set_is_built_from_drafts(folder, drafts, tmp_path, monkeypatch):
@@ -202,10 +206,16 @@ class Drawer:
     def __init__(self):
         self.asked = []
 
-    def text_to_image(self, prompts, *, seeds):
-        assert all(prompt.endswith("background.") for prompt in prompts)
-        self.asked.append((tuple(prompts), tuple(seeds)))
-        return [Turn("", np.full((64, 64, 3), seed % 256, np.uint8)) for seed in seeds]
+    def begin(self, prompts, *, seeds):
+        return tuple(prompts), tuple(seeds)
+
+    def think(self, state, texts):
+        assert all(text.startswith("<think>") for text in texts)
+        return texts, (*state, tuple(texts))
+
+    def draw(self, state):
+        self.asked.append(state)
+        return np.stack([np.full((64, 64, 3), seed % 256, np.uint8) for seed in state[1]])
 
 
 def test_the_command_draws_every_prompt_once_and_goes_on(tmp_path, monkeypatch):

@@ -54,10 +54,12 @@ def test_any_draft_becomes_a_right_scene(seed, things, background):
     result = repair(request, planned, things, background)
     assert not judge(request, result.right.things, result.right.background) and is_training(result.right)
     assert len(result.right.things) == request.num_things or not result.flaws
+    assert result.flaws == () or all(is_free(thing, result.right.things[:i])
+                                     for i, thing in enumerate(result.right.things))
     is_same = not result.flaws and all(
         (one.shape, one.colour, one.texture) == (other.shape, other.colour, other.texture)
         and abs(one.size - other.size) < 1e-3 for one, other in zip(result.right.things, things))
-    assert is_same or (result.right == planned and result.flaws)
+    assert is_same or result.flaws
     assert result.flaws or not judge(request, things, background)
     text = reflections.reflect(rng, request, result)
     assert len(text.split()) <= 170   # of seven things
@@ -65,23 +67,43 @@ def test_any_draft_becomes_a_right_scene(seed, things, background):
 
 
 def test_a_draft_with_one_flaw_is_repaired_by_undoing_it():
-    same, asked = 0, 0
+    same, undone, asked = 0, 0, 0
     for seed in range(150):
         rng = np.random.default_rng(seed)
         request = sample_request(rng, split="train")
         right = sample_scene(rng, request, split="train")
         flawed, flaw = make_flawed(rng, request, right, split="train")
         result = repair(request, right, flawed.things, flawed.background)
-        assert result.flaws and result.right == right
+        assert result.flaws
         asked += 1
+        undone += result.right == right
         same += kinds(result) == [flaw.kind]
-    assert same / asked > 0.8
+    assert min(same, undone) / asked > 0.8
 
 
-def test_what_was_only_planned_is_no_flaw():
+def test_what_nobody_asked_for_may_be_as_it_is():
     star = dataclasses.replace(STAR, colour="green", texture="striped", x=0.25)
-    result = run(PAIR, (star, RED_CIRCLE), planned=plan(RED_CIRCLE, STAR))
-    assert kinds(result) == ["colour"] and result.right.things == (RED_CIRCLE, STAR)
+    result = run(PAIR, (star, RED_CIRCLE), "grey", planned=plan(RED_CIRCLE, STAR))
+    assert kinds(result) == ["colour"]
+    assert result.right == Scene("color_attr", (RED_CIRCLE, dataclasses.replace(star, colour="yellow")), "grey")
+
+
+def test_a_thing_that_is_missing_goes_where_there_is_room():
+    wanted = plan(RED_CIRCLE, dataclasses.replace(STAR, shape="diamond", colour="green"), background="grey")
+    assert is_training(wanted)
+    request = Request("two_object", (Group("circle"), Group("diamond")))
+    circle = dataclasses.replace(RED_CIRCLE, x=0.7, y=0.7)    # where the wanted scene has the other
+    kept, other = run(request, (circle,), "grey", planned=wanted).right.things
+    assert kept == circle and is_free(other, (circle,))
+    assert dataclasses.replace(other, x=STAR.x, y=STAR.y) == wanted.things[1]
+
+
+def test_a_thing_on_the_wrong_side_moves_and_keeps_its_looks():
+    request = Request("position", (Group("circle"), Group("star")), "left of")
+    planned = Scene("position", (dataclasses.replace(RED_CIRCLE, colour="blue"), STAR), "white")
+    result = run(request, (dataclasses.replace(RED_CIRCLE, x=0.8, y=0.2), STAR), planned=planned)
+    circle, star = result.right.things
+    assert {circle.colour, star.colour} == {"red", "yellow"} and kinds(result) == ["moved"]
 
 
 def test_a_right_draft_need_not_follow_its_plan():
@@ -95,7 +117,7 @@ def test_missing_and_too_many():
     result = run(PAIR, (RED_CIRCLE, other), planned=plan(RED_CIRCLE, STAR))
     assert kinds(result) == ["missing", "extra"]
     three = Request("counting", (Group("circle", 3),))
-    planned = plan(*(dataclasses.replace(RED_CIRCLE, y=y) for y in (0.2, 0.5, 0.8)))
+    planned = plan(*(dataclasses.replace(RED_CIRCLE, y=y, size=0.26) for y in (0.18, 0.5, 0.82)))
     result = run(three, (planned.things[1],), planned=planned)
     assert kinds(result) == ["missing"] and result.flaws[0].wanted == planned.things[::2]
 

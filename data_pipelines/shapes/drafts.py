@@ -1,12 +1,11 @@
 """Drafts: pictures that the base model drew for training prompts, the first images of improving records.
 
-    DIR/0000.parquet ...   columns prompt, request, planned, wanted (JSON), image (PNG); by `irg_jax.draft`
+    DIR/0000.parquet ...   columns prompt, request, thought, wanted, image (PNG); by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
-Each was drawn from a caption, most of the scene that was planned; the record's first thought names its things.
-Some plans miss the request in one point, as a model's own thoughts do: who learnt from right ones alone would
-hold the picture against the thought, never against the prompt. Some pictures were drawn with one point
-otherwise than planned: where pictures are as planned, one learns to repeat the thought instead of looking.
+Each was drawn after a thought, which says what there will be and is the first thought of the record. Some
+thoughts miss the request in one point, as a model's own do: who learnt from right ones alone would hold the
+picture against the thought, never against the prompt.
 
 The critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
 show a held-out combination are left out and counted: no training picture may.
@@ -35,20 +34,20 @@ from data_pipelines.shapes.scene import Request, Scene
 from data_pipelines.shapes.split import is_training
 
 SCHEMA = pyarrow.schema([("prompt", pyarrow.string()), ("request", pyarrow.string()),
-                         ("planned", pyarrow.string()), ("wanted", pyarrow.string()),
+                         ("thought", pyarrow.string()), ("wanted", pyarrow.string()),
                          ("image", pyarrow.binary())])
-MISPLANNED_SHARE, MISDRAWN_SHARE = 0.15, 0.2
+MISTHOUGHT_SHARE = 0.15
 PER_FILE = 500
 MAX_PIXELS = 2**20
 
 
 class Draft(NamedTuple):
-    """A training prompt, the plan for it, a scene that would do, and what the base drew: uint8 [H, W, 3]."""
+    """A training prompt, a thought in tags, a scene that would do, and what the base drew: uint8 [H, W, 3]."""
 
     prompt: str
     request: Request
-    planned: Scene
-    wanted: Scene      # the plan, or what it should have been
+    thought: str
+    wanted: Scene
     image: np.ndarray
 
 
@@ -62,31 +61,27 @@ class SeenDraft(NamedTuple):
 
 
 class Order(NamedTuple):
-    """As a `Draft`, before it is drawn from the caption."""
+    """As a `Draft`, before it is drawn."""
 
     prompt: str
     request: Request
-    planned: Scene
+    thought: str
     wanted: Scene
-    caption: str
 
 
 def order_draft(rng: np.random.Generator) -> Order:
     """One order, drawn at random."""
     request = sample_request(rng, split="train")
-    planned = drawn = wanted = sample_scene(rng, request, split="train")
-    chance = rng.random()
-    if chance < MISPLANNED_SHARE + MISDRAWN_SHARE:
-        drawn, _ = make_flawed(rng, request, wanted, split="train")
-    if chance < MISPLANNED_SHARE:
-        planned = drawn
-    return Order(language.prompt(rng, request), request, planned, wanted, language.caption(rng, drawn))
+    thought = wanted = sample_scene(rng, request, split="train")
+    if rng.random() < MISTHOUGHT_SHARE:
+        thought, _ = make_flawed(rng, request, wanted, split="train")
+    return Order(language.prompt(rng, request), request, language.think(rng, thought), wanted)
 
 
 def write_part(path: pathlib.Path, drafts: Iterable[Draft]) -> None:
     """One parquet file, whole or absent."""
     to_json = lambda part: json.dumps(part.to_json(), sort_keys=True)
-    rows = [{"prompt": draft.prompt, "request": to_json(draft.request), "planned": to_json(draft.planned),
+    rows = [{"prompt": draft.prompt, "request": to_json(draft.request), "thought": draft.thought,
              "wanted": to_json(draft.wanted), "image": _to_png(draft.image)} for draft in drafts]
     temporary = path.with_name(f".{path.name}.partial")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=SCHEMA), temporary,
@@ -125,17 +120,16 @@ def read_drafts(folder: str | pathlib.Path) -> list[Draft]:
             place = f"{path} row {row}"
             try:
                 request = Request.from_json(json.loads(values["request"]))
-                planned, wanted = (Scene.from_json(json.loads(values[name])) for name in ("planned", "wanted"))
+                wanted = Scene.from_json(json.loads(values["wanted"]))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{place}: {error}") from error
-            if judge(request, wanted.things, wanted.background) or not planned.things:
-                raise ValueError(f"{place}: the scene that is wanted does not fulfil the request, or nothing "
-                                 "is planned; draw the drafts again")
-            if not (is_training(planned) and is_training(wanted)):
-                raise ValueError(f"{place}: the plan, or what is wanted, shows what is held out; draw the "
-                                 "drafts again")
+            if not (values["prompt"] and values["thought"]):
+                raise ValueError(f"{place}: a prompt or a thought is missing; draw the drafts again")
+            if judge(request, wanted.things, wanted.background) or not is_training(wanted):
+                raise ValueError(f"{place}: the scene that is wanted does not fulfil the request, or shows "
+                                 "what is held out; draw the drafts again")
             image = decode_image(values["image"] or b"", where=place, max_pixels=MAX_PIXELS)
-            drafts.append(Draft(values["prompt"], request, planned, wanted, image))
+            drafts.append(Draft(values["prompt"], request, values["thought"], wanted, image))
     return drafts
 
 

@@ -48,12 +48,12 @@ def make_edit(rng: np.random.Generator, request: Request, prompt: str, *, right:
     return Edit(_before(rng, prompt, right, flawed), flawed, instruction, right)
 
 
-def edit_draft(rng: np.random.Generator, request: Request, prompt: str, wanted: Scene, drawn: Repair) -> Edit:
+def edit_draft(rng: np.random.Generator, request: Request, prompt: str, drawn: Repair) -> Edit:
     """How to mend a picture that the model drew itself; a right one is kept, or changed in one way."""
     if drawn.flaws:
-        step = reflections.instruct(rng, request, flaws=drawn.flaws, flawed=drawn.draft, right=wanted)
-        return Edit(_before(rng, prompt, wanted, drawn.draft), drawn.draft,
-                    f"{step} {language.caption(rng, wanted)}", wanted)
+        step = reflections.instruct(rng, request, flaws=drawn.flaws, flawed=drawn.draft, right=drawn.right)
+        return Edit(_before(rng, prompt, drawn.right, drawn.draft), drawn.draft,
+                    f"{step} {language.caption(rng, drawn.right)}", drawn.right)
     things = drawn.right.things
     has_room = all(is_free(thing, things[:i]) for i, thing in enumerate(things))
     if not has_room or rng.random() < KEPT_SHARE:

@@ -55,8 +55,8 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 def think(rng: np.random.Generator, scene: Scene) -> str:
     """The thought before drawing, in think tags: what there will be, as the base thinks, and not where.
 
-    With all of the layout in it both pictures were right more often, and the second less often than the first
-    (docs/log.md, 2026-11-26).
+    With all of the layout in it first pictures were right nearly twice as often and second ones less often than
+    they (docs/log.md, 2026-11-26).
     """
     return tagged(describe(rng, scene))
 

@@ -149,7 +149,8 @@ def _sample_story(rng: np.random.Generator, split: str) -> Story:
 def _flawed_draft(rng: np.random.Generator, split: str, side: int) -> SeenDraft:
     """A stand-in for a draft: rendered, with one flaw or none."""
     story = _sample_story(rng, split)
-    draft = Draft(story.prompt, story.request, story.right, story.right, render(story.flawed, side=side))
+    draft = Draft(story.prompt, story.request, language.think(rng, story.right), story.right,
+                  render(story.flawed, side=side))
     return SeenDraft(draft, story.flawed.things, story.flawed.background)
 
 
@@ -158,21 +159,21 @@ def _opening(prompt: str) -> list[Turn]:
 
 
 def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    plan = _text(language.think(rng, story.right))
+    thought = _text(language.think(rng, story.right))
     match mode:
         case "initial_thinking_understanding":
             return [_assistant(_seen(story.right, side)), _user(language.HOW_TO_THINK),
-                    _assistant(plan)]
+                    _assistant(thought)]
         case "initial_thinking_generation":
-            return [_assistant(plan)]
+            return [_assistant(thought)]
         case "initial_full":
-            return [_assistant(plan, _drawn(story.right, side))]
+            return [_assistant(thought, _drawn(story.right, side))]
     raise AssertionError(mode)
 
 
 def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     draft, repaired = seen.draft, repair_draft(seen)
-    plan = _text(language.think(rng, draft.planned), need_loss=False)
+    thought = _text(draft.thought, need_loss=False)
     reflection = _text(reflections.reflect(rng, draft.request, repaired))
     first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
     match mode:
@@ -180,9 +181,9 @@ def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side:
             return [*opening, _assistant(first, _seen(repaired.right, side)),
                     _user(language.HOW_TO_IMPROVE), _assistant(reflection)]
         case "improving_thinking_generation":
-            return [*opening, _assistant(plan, first, reflection)]
+            return [*opening, _assistant(thought, first, reflection)]
         case "improving_full":
-            return [*opening, _assistant(plan, first, reflection, _drawn(repaired.right, side))]
+            return [*opening, _assistant(thought, first, reflection, _drawn(repaired.right, side))]
     raise AssertionError(mode)
 
 
@@ -257,7 +258,7 @@ def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]
 def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
     """As `_edit_turns`, of a picture that the model drew itself."""
     draft = seen.draft
-    edit = edit_draft(rng, draft.request, draft.prompt, draft.wanted, repair_draft(seen))
+    edit = edit_draft(rng, draft.request, draft.prompt, repair_draft(seen))
     return _tell(edit, draft.image, side)
 
 

@@ -30,9 +30,9 @@ def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out:
         for batch, padded in in_batches(indices, batch_size):
             orders = [order_draft(generator(seed, "draft", index)) for index in padded]
             seeds = [int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) for index in padded]
-            turns = drawer.text_to_image([order.caption for order in orders], seeds=seeds)
-            drafts += [Draft(*order[:4], turn.image)
-                       for order, turn, _ in zip(orders, turns, batch)]
+            state = drawer.begin([order.prompt for order in orders], seeds=seeds)
+            _, state = drawer.think(state, [order.thought for order in orders])
+            drafts += [Draft(*order, image) for order, image, _ in zip(orders, drawer.draw(state), batch)]
             progress.update(len(batch))
         write_part(path, drafts)
     progress.close()
