@@ -122,7 +122,8 @@ def measure_sight(flags: argparse.Namespace) -> dict[str, Any]:
     """Turn 2 after the model's own first pictures and, all else alike, after those of the next prompts."""
     folder = ROOT / flags.run / "eval" / "shapes"
     prompts = read_prompts(ROOT / flags.run / "data" / "prompts_heldout.jsonl")
-    first = {result.id: result for result in read_results(folder / "results.jsonl") if result.system == "turn1"}
+    results = read_results(folder / "results.jsonl")
+    first = {result.id: result for result in results if result.system == "turn1"}
     thoughts = [first[prompt.id].text for prompt in prompts]
     pictures = [np.asarray(Image.open(first[prompt.id].image).convert("RGB")) for prompt in prompts]
     config = from_config_dict(SamplingConfig, shapes_generate.get_config())
@@ -134,7 +135,8 @@ def measure_sight(flags: argparse.Namespace) -> dict[str, Any]:
         for step, verdicts in enumerate(right.values()):
             after = generator.look(state, [pictures[(i + step) % len(prompts)] for i in padded])
             _, after = generator.think(after)
-            verdicts += [score(prompts[i].request, image).correct for i, image in zip(batch, generator.draw(after))]
+            images = generator.draw(after)
+            verdicts += [score(prompts[i].request, image).correct for i, image in zip(batch, images)]
     own, other = (np.array(verdicts) for verdicts in right.values())
     gain = as_json(paired_bootstrap(own, other, seed=0, strata=[prompt.category for prompt in prompts]))
     for name, verdicts in right.items():

@@ -18,9 +18,10 @@ editing and captions; then 1,200 steps of `mend`. All of that with captions that
 medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, 600 in
 which comparisons were half of it, 1,000 in which they said yes or no to points that are no longer asked, 1,300
 with `reviewing`, two thirds of their records comparisons of any kind, 900 with half of their records
-`verifying` and `reviewing` without a caption first and an eighth a mode that is gone (copies of pictures that no
-word tells), and 700 with about the weights of `mend` but `captioning` 3.0, which the 900 had lacked. They learnt
-`draw` and `see` in shorter packs: edits were shorter. Their drafts were drawn from captions, not from thoughts.
+`verifying` and `reviewing` without a caption first and an eighth a mode that is gone (copies of pictures that
+no word tells), and 700 with about the weights of `mend` but `captioning` 3.0, which the 900 had lacked. They
+learnt `draw` and `see` in shorter packs: edits were shorter. Their drafts were drawn from captions, not from
+thoughts.
 Expected there: 86 % of 300 questions about scenes are answered right (`irg_jax.examine --num 300`); of 300
 held-out prompts 34 % are drawn right, 39 % after thinking (`bash launch/local.sh`).
 """
