@@ -171,7 +171,7 @@ def test_the_look_back_says_what_the_base_says_of_any_picture():
         "a circle.\n")
 
 
-def test_nothing_is_said_against_a_right_picture_or_half_of_the_wrong_ones():
+def test_nothing_is_said_against_a_right_picture_or_some_of_the_wrong_ones():
     flawed = Repair(Scene("position", RED_CIRCLES, "white"), SCENE, (Flaw("missing", wanted=(SQUARE,)),))
     said = ("<think>i look at the picture.\n### Required improvements\nthe picture must have all things.\n"
             "### Step-by-step modification\ndraw all anew.\n"
@@ -179,7 +179,7 @@ def test_nothing_is_said_against_a_right_picture_or_half_of_the_wrong_ones():
     right, wrong = ([reflections.reflect(np.random.default_rng(seed), REQUEST, repair) for seed in range(200)]
                     for repair in (Repair(SCENE, SCENE, ()), flawed))
     assert set(right) == {said}
-    assert 70 < wrong.count(said) < 130
+    assert 40 < wrong.count(said) < 80
     assert all(text.endswith(f"### Final prompt\n{FINAL}</think>") for text in wrong)
 
 
