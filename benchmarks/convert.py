@@ -5,7 +5,7 @@
 Writes a synthetic checkpoint of BAGEL-7B-MoT's geometry (14.6 B values, 29 GB in bf16, in shards of 5 GB),
 copies its files, then runs `irg_jax.convert` and `irg_jax.export` as users do, and checks that the export is
 the source, byte for byte. Twice the checkpoint must fit below DIR (default: a temporary folder). Prints one
-JSON object and writes it to benchmarks/results/convert.json. Only `--layers 1` was run so far (docs/log.md).
+JSON object and writes it to benchmarks/results/convert.json. `--layers 1` and `8` were run so far (docs/performance.md).
 
 The limit is the disk: a copy reads and writes every byte once, and so does either command, which also hashes
 them (twice in an import: the files for the source's digests, the leaves for the checkpoint's).
@@ -14,6 +14,7 @@ them (twice in an import: the files for the source's digests, the leaves for the
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -88,15 +89,22 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def run(*arguments: str) -> dict[str, float]:
-    """A command: its seconds, files on disk, and the most memory it held."""
-    begun = time.monotonic()
+    """A command: its seconds, files on disk, and the most memory it held.
+
+    The kernel is asked while it runs: what it tells after the end (ru_maxrss) counts what this process held
+    when it started the command.
+    """
+    begun, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, "-m", *arguments])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    while process.poll() is None:
+        if held := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii")):
+            peak = max(peak, int(held[1]) * 1024)
+        time.sleep(0.02)
     if process.returncode:
         raise RuntimeError(f"{' '.join(arguments)} failed with exit status {process.returncode}")
     os.sync()
-    return {"seconds": time.monotonic() - begun, "peak_rss_gib": usage.ru_maxrss * 1024 / GIB}
+    return {"seconds": time.monotonic() - begun, "peak_rss_gib": peak / GIB}
 
 
 def measure(folder: pathlib.Path, config: ModelConfig) -> dict[str, Any]:
