@@ -59,13 +59,13 @@ def reflect(rng: np.random.Generator, request: Request, repair: Repair) -> str:
     if any(step == REDRAW for *_, step in remedies):
         keep = ""
     opening = f"{LOOK} {_is_it(None, request)} {_checks(request, repair.draft)}"
-    text = _told(opening, remedies, keep, final)
+    text = _critique(opening, remedies, keep, final)
     if len(text.split()) > MAX_WORDS:
-        text = _told(opening, remedies[:1], keep, final)
+        text = _critique(opening, remedies[:1], keep, final)
     return tagged(text)
 
 
-def _told(opening: str, remedies: Sequence[tuple[str, str, str]], keep: str, final: str) -> str:
+def _critique(opening: str, remedies: Sequence[tuple[str, str, str]], keep: str, final: str) -> str:
     problem, need, step = (f"{separator} ".join(parts)
                            for separator, parts in zip((" and", ";", ";"), zip(*remedies)))
     return _headed(f"{opening} {_verdict(problem)}", f"{need}.", f"{step}.{keep}", final)
@@ -79,8 +79,9 @@ def _final_prompt(request: Request, right: Scene) -> str:
     """What is asked for, plainly, then what is where, in the same order: places for the things asked for."""
 
     def group_of(thing: Thing) -> int:
-        return next((i for i, group in enumerate(request.groups) if thing in _alike(group, right) and
-                     fits(group, thing)), len(request.groups))
+        return next((i for i, group in enumerate(request.groups)
+                     if thing in _alike(group, right) and fits(group, thing)), len(request.groups))
+
     things = sorted(in_reading_order(right.things), key=group_of)
     return f"{plainly(request)} {told(dataclasses.replace(right, things=tuple(things)))}"
 
