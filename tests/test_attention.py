@@ -9,44 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.batch import INF, Rows, visible
-from irg_jax.kernels import attention
+from data_pipelines.batch import Rows
+from irg_jax.kernels import blockwise
+from irg_jax.kernels.attention import attend, look
 from irg_jax.models.layers import matmul
-
-
-def random_rows(rng: np.random.Generator, batch: int, length: int) -> Rows:
-    """Samples of text and images, one after the other, then padding; some packs are nothing but padding."""
-    rows = Rows(*(np.zeros((batch, length), bool if name == "noised" else np.int32) for name in Rows._fields))
-    for pack in range(batch):
-        rows.order[pack], rows.first[pack], rows.last[pack] = INF, INF, -1
-        at = 0
-        while (size := int(rng.integers(1, 7))) <= length - at and rng.random() > 0.1:
-            span = slice(at, at + size)
-            index = np.arange(at, at + size)
-            is_image, starts = rng.random() < 0.5, at == 0 or rng.random() < 0.4
-            rows.order[pack, span] = index
-            rows.first[pack, span] = at if starts else rows.first[pack, at - 1]
-            rows.span[pack, span] = at if is_image else index
-            rows.last[pack, span] = at + size - 1 if is_image else index
-            rows.noised[pack, span] = is_image and rng.random() < 0.5
-            at += size
-    return rows
-
-
-def dense(query, key, value, query_rows, key_rows):
-    """The definition, with all scores at once."""
-    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-    score = jnp.einsum("bsnh,bcnh->bnsc", query, key) / np.sqrt(query.shape[3])
-    seen = visible(query_rows, key_rows)[:, None]
-    weight = jnp.where(seen, jnp.exp(score - jax.lax.stop_gradient(score.max(-1, keepdims=True))), 0)
-    total = weight.sum(-1, keepdims=True)
-    return jnp.einsum("bnsc,bcnh->bsnh", weight / jnp.where(total > 0, total, 1), value)
-
-
-def gradients(function, inputs, weight):
-    """Value, and the gradients of its product with `weight`."""
-    out, backward = jax.vjp(function, *inputs)
-    return out, *backward(weight.astype(out.dtype))
+from attention_cases import dense, gradients, random_rows
 
 
 @settings(deadline=None, max_examples=40)
@@ -61,12 +28,12 @@ def test_attention_is_the_dense_definition(seed, length, past, shared, block):
     weight = normal(2, length, 2 * shared, 6)
     with jax.enable_x64(True):
         wanted = gradients(lambda *xs: dense(*xs, query_rows, rows), inputs, weight)
-    before, attention.BLOCK = attention.BLOCK, block
+    before, blockwise.BLOCK = blockwise.BLOCK, block
     try:
         singles = [np.float32(x) for x in inputs]
-        got = gradients(lambda *xs: attention.attend(*xs, query_rows, rows), singles, np.float32(weight))
+        got = gradients(lambda *xs: attend(*xs, look(query_rows, rows), "xla"), singles, np.float32(weight))
     finally:
-        attention.BLOCK = before
+        blockwise.BLOCK = before
     for one, other in zip(got, wanted):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 
@@ -78,7 +45,7 @@ def test_bfloat16_stays_near_and_padding_gets_zeros():
     query, key, value, weight = (rng.normal(size=(3, 40, heads, 16)) for heads in (4, 2, 2, 4))
     wanted = gradients(lambda *xs: dense(*xs, rows, rows), map(np.float32, (query, key, value)), weight)
     halves = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)]
-    got = gradients(lambda *xs: attention.attend(*xs, rows, rows), halves, weight)
+    got = gradients(lambda *xs: attend(*xs, look(rows, rows), "xla"), halves, weight)
     assert all(x.dtype == jnp.bfloat16 for x in got)
     for one, other in zip(got, wanted):
         assert np.abs(np.float32(one) - other).max() < 0.03 * np.abs(other).max()
@@ -91,7 +58,7 @@ def test_memory_of_the_gradient_is_linear_in_queries():
         rows = Rows(*(jax.ShapeDtypeStruct((1, length), np.bool_ if name == "noised" else np.int32)
                       for name in Rows._fields))
         heads = [jax.ShapeDtypeStruct((1, length, count, 16), np.float32) for count in (2, 1, 1)]
-        loss = lambda query, key, value, rows: attention.attend(query, key, value, rows, rows).sum()
+        loss = lambda query, key, value, rows: attend(query, key, value, look(rows, rows), "xla").sum()
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*heads, rows).compile()
         return compiled.memory_analysis().temp_size_in_bytes
     assert memory(8192) < 5 * memory(2048)

@@ -57,8 +57,9 @@ def run(mesh_config: MeshConfig, devices: int, config: StepConfig, steps: int = 
     step = jax.jit(make_step(NETWORK, VAE, config), out_shardings=(where.state, where.scalar))
     losses = []
     for index in range(steps):
-        batch = jax.tree.map(lambda x: jax.device_put(x, where.batch), make_batch(4, index))
-        state, metrics = step(state, vae, batch)
+        batch = jax.device_put(make_batch(4, index), where.batch)
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, vae, batch)
         losses.append([float(metrics[name]) for name in ("ce", "mse", "grad_norm")])
     return np.array(losses), state
 
@@ -68,7 +69,8 @@ def single():
     return run(MeshConfig(), 1, CONFIG)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2),
+                                  MeshConfig(fsdp=2, context=2), MeshConfig(fsdp=1, context=4)])
 def test_any_mesh_gives_the_same_steps(single, mesh):
     losses, state = run(mesh, 4, CONFIG)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)

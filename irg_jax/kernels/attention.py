@@ -1,9 +1,14 @@
-"""Attention under the visibility rule, block of queries by block of queries.
+"""Attention under the visibility rule of `data_pipelines.batch`: one function, on any device.
 
-Axes: B packs, S queries, C keys, N query heads, K key-value heads, R = N / K, M = R S, H head size.
-Scores and softmax are float32; matmuls take the dtype of their inputs and add up in float32.
+Axes: B packs, S queries, C keys, N query heads, K key-value heads, R = N / K, H head size.
+
+What depends on the rows alone (who sees whom, tile by tile) is a `Sight`, made once and shared by all layers.
+Memory is linear in S and C: for the backward pass a query keeps its output and one number a head, and scores
+are computed again.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,112 +16,89 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from data_pipelines.batch import INF, Rows, visible
+from data_pipelines.batch import Rows
+from irg_jax.kernels import blockwise, tpu
+from irg_jax.kernels.tiles import key_integers, list_work, map_tiles, pad_rows, query_integers
 
-BLOCK = 512  # queries at once: score memory is B N BLOCK C, never O(S^2)
+IMPLEMENTATIONS = ("auto", "pallas", "xla")
+TILE = 512          # queries and keys of a tile; why: docs/performance.md
+MAX_HEAD = 128      # of the fused kernel; the autoencoder's one head of 512 takes XLA
+MIN_QUERIES = 128   # a token that is decoded, or a short text, is no work for it
 
 
-def attend(
-    query: Float[Array, "B S N H"],
-    key: Float[Array, "B C K H"],
-    value: Float[Array, "B C K H"],
-    query_rows: Rows,
-    key_rows: Rows,
-) -> Float[Array, "B S N H"]:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Who sees whom: rows of queries [B, S] and of keys [B, C], and the work of the kernel with such tiles."""
+
+    query: Rows
+    key: Rows
+    work: tpu.Work
+    tile: int = dataclasses.field(default=TILE, metadata={"static": True})
+
+
+def look(query: Rows, key: Rows, tile: int = TILE) -> Sight:
+    """Prepares attention of queries [B, S] over keys [B, C], for any number of layers.
+
+    Raises: ValueError if the rows have more tiles than a list of work can name.
+    """
+    padded = pad_rows(query, tile), pad_rows(key, tile)
+    entries, count = list_work(*map_tiles(*padded, tile))
+    return Sight(query, key, tpu.Work(entries, count, query_integers(padded[0]), key_integers(padded[1])), tile)
+
+
+def attend(query: Float[Array, "B S N H"], key: Float[Array, "B C K H"], value: Float[Array, "B C K H"],
+           sight: Sight, implementation: str = "auto") -> Float[Array, "B S N H"]:
     """softmax(q k / sqrt(H)) v over the visible keys; N / K queries share a key head.
 
-    Rows are int32 [B, S] and [B, C]. Memory is linear in S and C: for the backward pass a query keeps its
-    output and one number a head, and scores are computed again. A query that sees nothing (padding) gets zeros.
+    A query that sees nothing (padding) gets zeros.
+
+    Args: implementation "xla" is blocks of queries in plain XLA; "pallas" is the fused kernel, which a CPU
+        interprets (slow; for tests); "auto" is the kernel where the program is compiled for a TPU and the
+        kernel is made for its sizes, and XLA elsewhere.
+    Raises: ValueError if there is no such implementation.
     """
-    length, heads, size = query.shape[1:]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation is {implementation!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+    length, _, size = query.shape[1:]
     if not length:   # a stream without tokens, e.g. `vit_tokens` is 0
         return query
+    if implementation == "auto" and (length < MIN_QUERIES or size > MAX_HEAD):
+        implementation = "xla"
     # Heads lead, and those that share a key head stand one below the other: one plain matmul a key head.
     query = rearrange(query * size**-0.5, "b s (k r) h -> b k r s h", k=key.shape[2])
     key, value = (rearrange(x, "b c k h -> b k c h") for x in (key, value))
-    out = _attend(query, key, value, query_rows, key_rows)
-    return rearrange(out, "b k r s h -> b s (k r) h")
+    return rearrange(_attend(implementation, query, key, value, sight), "b k r s h -> b s (k r) h")
 
 
-@jax.custom_vjp
-def _attend(query, key, value, query_rows: Rows, key_rows: Rows):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(implementation: str, query, key, value, sight: Sight):
     """Scaled queries [B K R S H], keys and values [B K C H] -> [B K R S H]."""
-    return _forward(query, key, value, query_rows, key_rows)[0]
+    return _forward(implementation, query, key, value, sight)[0]
 
 
-def _forward(query, key, value, query_rows, key_rows):
-    def block(carry, query, rows):
-        seen, score = _seen(rows, key_rows), _times(query, key)
-        top = jnp.max(jnp.where(seen, score, -jnp.inf), -1, keepdims=True)
-        top = jnp.where(jnp.isfinite(top), top, 0.0)
-        weight = jnp.where(seen, jnp.exp(score - top), 0.0)
-        total = jnp.sum(weight, -1, keepdims=True)
-        total = jnp.where(total > 0, total, 1.0)
-        out = _mix(weight.astype(value.dtype), value) / total
-        return carry, (out.astype(value.dtype), top + jnp.log(total))
-    _, (out, logsum) = _over_blocks(block, (), query_rows, query)
-    return out, (query, key, value, query_rows, key_rows, out, logsum)
+def _forward(implementation, query, key, value, sight: Sight):
+    out, logsum = _choose(implementation, sight, blockwise.forward, tpu.forward, query, key, value)
+    return out, (query, key, value, sight, out, logsum)
 
 
-def _backward(saved, d_out):
-    query, key, value, query_rows, key_rows, out, logsum = saved
+def _backward(implementation, saved, d_out):
+    query, key, value, sight, out, logsum = saved
     # What the sum of weights takes back: sum over keys of weight * d_weight, which is d_out . out.
-    share = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
-
-    def block(carry, query, d_out, logsum, share, rows):
-        weight = jnp.where(_seen(rows, key_rows), jnp.exp(_times(query, key) - logsum), 0.0)
-        d_score = (weight * (_times(d_out, value) - share)).astype(key.dtype)
-        d_key, d_value = _collect(d_score, query), _collect(weight.astype(value.dtype), d_out)
-        return jax.tree.map(jnp.add, carry, (d_key, d_value)), _mix(d_score, key).astype(query.dtype)
-    zero = tuple(jnp.zeros(x.shape, jnp.float32) for x in (key, value))
-    (d_key, d_value), d_query = _over_blocks(block, zero, query_rows, query, d_out, logsum, share)
-    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None, None
+    share = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    d_query, d_key, d_value = _choose(implementation, sight, blockwise.backward, tpu.backward,
+                                      query, key, value, d_out, logsum, share)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _seen(query_rows: Rows, key_rows: Rows):
-    """bool [B 1 1 S C]."""
-    return visible(query_rows, key_rows)[:, None, None]
-
-
-def _rows(x):
-    return rearrange(x, "b k r s x -> b k (r s) x")
-
-
-def _times(query, key):
-    """[B K R S H], [B K C H] -> float32 [B K R S C]."""
-    score = jnp.einsum("bkmh,bkch->bkmc", _rows(query), key, preferred_element_type=jnp.float32)
-    return score.reshape(*query.shape[:4], key.shape[2])
-
-
-def _mix(weight, value):
-    """[B K R S C], [B K C H] -> float32 [B K R S H]."""
-    mixed = jnp.einsum("bkmc,bkch->bkmh", _rows(weight), value, preferred_element_type=jnp.float32)
-    return mixed.reshape(*weight.shape[:4], value.shape[3])
-
-
-def _collect(weight, query):
-    """[B K R S C], [B K R S H] -> float32 [B K C H]."""
-    return jnp.einsum("bkmc,bkmh->bkch", _rows(weight), _rows(query), preferred_element_type=jnp.float32)
-
-
-def _over_blocks(block: Callable, carry, rows: Rows, *per_query):
-    """Scans `block(carry, *slices [B K R BLOCK ...], their rows) -> (carry, results)` over the queries."""
-    length = rows.order.shape[1]
-    if length <= BLOCK:
-        return block(carry, *per_query, rows)
-    pad = -length % BLOCK
-
-    def cut(x, axis, fill=0):    # length -> [blocks, ..., BLOCK, ...]
-        x = jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
-        return jnp.stack(jnp.split(x, x.shape[axis] // BLOCK, axis))
-
-    def paste(x):                # its inverse, for results of queries
-        return rearrange(x, "n b k r s x -> b k r (n s) x")[:, :, :, :length]
-    rows = Rows(cut(rows.order, 1, INF), cut(rows.first, 1, INF), cut(rows.span, 1), cut(rows.last, 1, -1),
-                cut(rows.noised, 1), cut(rows.rope, 1))
-    blocks = (*(cut(x, 3) for x in per_query), rows)
-    carry, results = jax.lax.scan(lambda carry, xs: block(carry, *xs), carry, blocks)
-    return carry, jax.tree.map(paste, results)
+def _choose(implementation: str, sight: Sight, plain: Callable, fused: Callable, *heads: Array):
+    """One of two functions of the same arrays, by the platform that the program is compiled for."""
+    by_blocks = lambda *heads: plain(*heads, sight.query, sight.key)
+    by_kernel = lambda interpret: lambda *heads: fused(*heads, sight.work, tile=sight.tile, interpret=interpret)
+    if implementation == "xla":
+        return by_blocks(*heads)
+    return jax.lax.platform_dependent(*heads, tpu=by_kernel(False),
+                                      default=by_blocks if implementation == "auto" else by_kernel(True))

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from data_pipelines.batch import INF, Rows
-from irg_jax.kernels.attention import attend
+from irg_jax.kernels.attention import attend, look
 from irg_jax.models.config import VAEConfig
 from irg_jax.models.layers import constant, param
 
@@ -86,7 +86,7 @@ class AttnBlock(nnx.Module):
         rows = Rows(order, order, order, jnp.where(inside, 0, -1), jnp.zeros_like(inside), order)
         y = self.norm(x, mask)
         heads = lambda conv: conv(y).reshape(batch, height * width, 1, channels)
-        out = attend(heads(self.q), heads(self.k), heads(self.v), rows, rows)
+        out = attend(heads(self.q), heads(self.k), heads(self.v), look(rows, rows))
         return x + self.proj_out(out.reshape(x.shape))
 
 

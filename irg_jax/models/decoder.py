@@ -13,18 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from data_pipelines.batch import Rows
-from irg_jax.kernels.attention import attend
+from irg_jax.kernels.attention import Sight
 from irg_jax.models.config import LLMConfig
+from irg_jax.models.joint import KeyValue, attend_together, look_together
 from irg_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
 from irg_jax.models.stack import run_stack, stack
-from irg_jax.models.streams import Streams, join, join_rows, split
-
-
-class KeyValue(NamedTuple):
-    """Rotated keys and values of tokens: [L, B, C, K, H] each (without L inside a layer)."""
-
-    key: Float[Array, "*L B C K H"]
-    value: Float[Array, "*L B C K H"]
+from irg_jax.models.streams import Streams, join
 
 
 class Past(NamedTuple):
@@ -76,17 +70,14 @@ class Layer(nnx.Module):
         self.und = Expert(config, rngs=rngs)
         self.gen = Expert(config, rngs=rngs)
 
-    def __call__(self, x: Streams, past: KeyValue | None, angles: Streams, query_rows: Rows,
-                 key_rows: Rows) -> tuple[Streams, KeyValue]:
+    def __call__(self, x: Streams, past: KeyValue | None, angles: Streams, sight: Sight
+                 ) -> tuple[Streams, KeyValue]:
         experts = (self.und, self.und, self.gen)
         projected = [expert.project(h, angle) for expert, h, angle in zip(experts, x, angles)]
-        query, key, value = (join(Streams(*parts)) for parts in zip(*projected))
-        new = KeyValue(key, value)
-        if past is not None:
-            key = jnp.concatenate([past.key.astype(key.dtype), key], axis=1)
-            value = jnp.concatenate([past.value.astype(value.dtype), value], axis=1)
-        attended = split(attend(query, key, value, query_rows, key_rows), x)
-        return Streams(*(e.finish(h, a) for e, h, a in zip(experts, x, attended))), new
+        query, key, value = zip(*projected)
+        attended = attend_together(query, key, value, sight, past, heads="heads")
+        x = Streams(*(expert.finish(h, a) for expert, h, a in zip(experts, x, attended)))
+        return x, KeyValue(join(key), join(value))
 
 
 class Decoder(nnx.Module):
@@ -106,12 +97,10 @@ class Decoder(nnx.Module):
         """
         config = self.config
         angles = Streams(*(rotary_angles(r.rope, config.head_dim, config.rope_theta) for r in rows))
-        query_rows = key_rows = join_rows(rows)
-        if past is not None:
-            key_rows = Rows(*(jnp.concatenate(pair, axis=1) for pair in zip(past.rows, query_rows)))
+        sight = look_together(rows, None if past is None else past.rows)
 
         def step(layer, x, kv):
-            x, new = layer(x, kv, angles, query_rows, key_rows)
+            x, new = layer(x, kv, angles, sight)
             return x, new if keep else None
         x, new = run_stack(step, self.layers, x, None if past is None else past.kv, remat=remat)
         return Streams(self.norm(x.text), self.norm(x.vit), self.norm_gen(x.latent)), new

@@ -1,8 +1,11 @@
 """Three arrays that travel together: one an expert's input, all three one attention's."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from data_pipelines.batch import Rows
 
@@ -15,17 +18,17 @@ class Streams(NamedTuple):
     latent: Any
 
 
-def join(streams: Streams) -> Any:
-    """[B, T + V + G, ...]: only attention looks at the streams as one sequence."""
+def join(streams: Sequence[Array]) -> Array:
+    """[B, S, ...] each -> [B, sum of S, ...]: only attention looks at the streams as one sequence."""
     return jnp.concatenate(streams, axis=1)
 
 
-def split(joined: Any, like: Streams) -> Streams:
+def split(joined: Array, like: Sequence[Array]) -> tuple[Array, ...]:
     """The inverse of `join`, with the lengths of `like`."""
-    text, vit = like.text.shape[1], like.vit.shape[1]
-    return Streams(joined[:, :text], joined[:, text:text + vit], joined[:, text + vit:])
+    ends = itertools.accumulate(part.shape[1] for part in like)
+    return tuple(joined[:, end - part.shape[1]:end] for part, end in zip(like, ends))
 
 
-def join_rows(rows: Streams) -> Rows:
-    """Streams of `Rows` -> `Rows` of [B, T + V + G]."""
-    return Rows(*(jnp.concatenate(field, axis=1) for field in zip(*rows)))
+def join_rows(rows: Sequence[Rows]) -> Rows:
+    """`Rows` of [B, S] each -> `Rows` of [B, sum of S]."""
+    return Rows(*map(join, zip(*rows)))

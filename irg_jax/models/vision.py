@@ -10,8 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from data_pipelines.batch import Rows
-from irg_jax.kernels.attention import attend
+from irg_jax.kernels.attention import Sight
 from irg_jax.models.config import ViTConfig
+from irg_jax.models.joint import attend_together, look_together
 from irg_jax.models.layers import LayerNorm, Linear, param
 from irg_jax.models.stack import run_stack, stack
 
@@ -31,10 +32,11 @@ class ViTLayer(nnx.Module):
         self.fc1 = Linear(width, inner, ("vit_embed", None), rngs=rngs)
         self.fc2 = Linear(inner, width, (None, "vit_embed"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B V D"], rows: Rows) -> Float[Array, "B V D"]:
+    def __call__(self, x: Float[Array, "B V D"], sight: Sight) -> Float[Array, "B V D"]:
         y = self.norm1(x)
         heads = lambda z: z.reshape(*z.shape[:2], self.num_heads, z.shape[2] // self.num_heads)
-        attended = attend(heads(self.q(y)), heads(self.k(y)), heads(self.v(y)), rows, rows)
+        query, key, value = ((heads(project(y)),) for project in (self.q, self.k, self.v))
+        attended, = attend_together(query, key, value, sight)
         x = x + self.o(attended.reshape(*x.shape))
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
 
@@ -57,7 +59,8 @@ class VisionEncoder(nnx.Module):
         rows = rows._replace(first=jnp.where(rows.last < 0, rows.first, rows.span),
                              noised=jnp.zeros_like(rows.noised))
         x = self.patch_embed(patches) + self.position[...][position].astype(patches.dtype)
-        x, _ = run_stack(lambda layer, x, _: (layer(x, rows), None), self.layers, x, remat=remat)
+        sight = look_together((rows,))
+        x, _ = run_stack(lambda layer, x, _: (layer(x, sight), None), self.layers, x, remat=remat)
         return self.post_norm(x)
 
 

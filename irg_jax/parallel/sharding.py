@@ -70,10 +70,5 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
                         shapes, axes)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Packs are dealt over the batch axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

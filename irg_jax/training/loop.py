@@ -17,16 +17,18 @@ import jax
 import numpy as np
 import optax
 import tqdm
+from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.batch import PackedBatch
+from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.pipeline import make_iterator
 from irg_jax.checkpoints.bundle import Bundles, latest_step
 from irg_jax.checkpoints.model import Model, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto
 from irg_jax.config import TrainConfig, check_model
+from irg_jax.kernels.attention import TILE
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
-from irg_jax.parallel.sharding import batch_sharding, make_mesh, param_shardings, replicated
+from irg_jax.parallel.sharding import BATCH_AXES, make_mesh, param_shardings, replicated
 from irg_jax.training.metrics import MetricWriter
 from irg_jax.training.moments import check_moments
 from irg_jax.training.optimizer import make_optimizer
@@ -92,15 +94,29 @@ def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
     scalar = replicated(mesh)
     opt = shard_moments(jax.eval_shape(optimizer.init, model.shapes), params, scalar)
     return Placement(TrainState(scalar, params, opt, params),
-                     param_shardings(vae.axes, vae.shapes, mesh), batch_sharding(mesh), scalar)
+                     param_shardings(vae.axes, vae.shapes, mesh), place_batch(mesh), scalar)
+
+
+def place_batch(mesh: jax.sharding.Mesh) -> PackedBatch:
+    """Packs are dealt over the batch axes and the tokens of each stream over `context`; tables are whole."""
+    spec = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    packs, tokens = spec(BATCH_AXES), spec(BATCH_AXES, "context")
+    of = lambda name: (packs if name.startswith("image_") else
+                       Rows(*[tokens] * len(Rows._fields)) if name.endswith("_rows") else tokens)
+    return PackedBatch(*map(of, PackedBatch._fields))
 
 
 def check_share(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError if the packs of a part cannot be dealt evenly over the batch axes."""
+    """Raises ValueError if packs cannot be dealt evenly over the batch axes, or tokens over `context`."""
     packs, ways = config.data.packs_per_step // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if packs % ways:
         raise ValueError(f"data.packs_per_step / accumulate is {packs}; it must be a multiple of mesh.data * "
                          f"mesh.fsdp = {ways}. Change either, or move devices to mesh.context or mesh.tensor")
+    for name in ("text_tokens", "vit_tokens", "latent_tokens"):
+        size, ways = getattr(config.data, name), mesh.shape["context"]
+        if size % ways:
+            raise ValueError(f"data.{name} is {size}; it must be a multiple of mesh.context = {ways}. Change "
+                             f"either; multiples of {TILE} x mesh.context waste no tile of attention")
 
 
 def shard_moments(opt: optax.OptState, params: Any, scalar: Any) -> Any:
@@ -168,8 +184,7 @@ class Trainer:
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self.placement.batch, x), batch)
+        return jax.tree.map(jax.make_array_from_process_local_data, self.placement.batch, batch)
 
 
 def to_float32(params: Params) -> Params:

@@ -1,0 +1,60 @@
+"""Attention of all streams together: the one place where they are one sequence.
+
+They are joined on each device by itself, as [its text | its vit | its latent]: what a token sees is written in
+its integers, so the order in which tokens lie is free, and joining costs no communication. Under context
+parallelism queries stay where they are, and the keys and values of a pack are gathered.
+
+Axes: B packs, S or _ tokens of a stream, C past tokens, N heads, K key-value heads, H head size.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from data_pipelines.batch import Rows
+from irg_jax.kernels.attention import Sight, attend, look
+from irg_jax.kernels.tpu import Work
+from irg_jax.models.streams import join, join_rows, split
+from irg_jax.parallel.shards import Axes, gather, per_shard
+
+
+class KeyValue(NamedTuple):
+    """Rotated keys and values of tokens: [L, B, C, K, H] each (without L inside a layer)."""
+
+    key: Float[Array, "*L B C K H"]
+    value: Float[Array, "*L B C K H"]
+
+
+def _rows(axes: Axes) -> Rows:
+    return Rows(*[axes] * len(Rows._fields))
+
+
+_TOKENS = Axes("packs", "tokens")
+_PACKS = Axes("packs")
+# Each device has a list of work of its own, for its own queries.
+_SIGHT = Sight(query=_rows(_TOKENS), key=_rows(_PACKS),
+               work=Work(entries=_TOKENS, count=_TOKENS, query=Axes("packs", None, "tokens"), key=_PACKS))
+
+
+def look_together(streams: tuple[Rows, ...], past: Rows | None = None) -> Sight:
+    """Who sees whom among all tokens of some streams of rows [B, S], and of `past` [B, C]."""
+    def local(streams, past):
+        query = join_rows(streams)
+        key = Rows(*(gather(row, 1, "tokens") for row in query))
+        return look(query, key if past is None else join_rows((past, key)))
+    return per_shard(local, (_TOKENS, _PACKS), _SIGHT)(streams, past)
+
+
+def attend_together(query: tuple[Float[Array, "B _ N H"], ...], key: tuple[Float[Array, "B _ K H"], ...],
+                    value: tuple[Float[Array, "B _ K H"], ...], sight: Sight, past: KeyValue | None = None,
+                    heads: str | None = None) -> tuple[Float[Array, "B _ N H"], ...]:
+    """`attend`, stream by stream; `heads` is the logical axis of heads where they are split."""
+    def local(query, key, value, sight, past):
+        keys = [gather(join(x), 1, "tokens") for x in (key, value)]
+        if past is not None:
+            keys = [join((old.astype(new.dtype), new)) for old, new in zip(past, keys)]
+        return split(attend(join(query), *keys, sight), query)
+    of_tokens, of_past = Axes("packs", "tokens", heads), Axes("packs", None, heads)
+    return per_shard(local, (of_tokens, of_tokens, of_tokens, _SIGHT, of_past), of_tokens)(
+        query, key, value, sight, past)

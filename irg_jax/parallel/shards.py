@@ -1,0 +1,48 @@
+"""A function on each device's part of its arrays: what attention needs, for a kernel is no program to be split.
+
+The models name the axes of what they pass; where these lie is this table, and without a mesh nothing changes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from irg_jax.parallel.sharding import BATCH_AXES
+
+Axes = PartitionSpec    # of an array, by the names below
+
+# Logical axis of an activation -> mesh axes.
+PLACES: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "packs": BATCH_AXES,
+    "tokens": ("context",),
+    "heads": ("tensor",),
+}
+
+
+def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+    """`function` for whole arrays, run on each device's part of them under the mesh that is set.
+
+    Args: trees of `Axes` that begin those of the arguments (a tuple) and of the result.
+    """
+    if _is_single(jax.sharding.get_abstract_mesh()):
+        return function
+    specs = lambda tree: jax.tree.map(
+        lambda axes: PartitionSpec(*(PLACES[name] or None for name in axes)), tree,
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    # What is gathered is equal on all devices; the check would want to be told so.
+    return jax.shard_map(function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+
+
+def gather(x: Array, axis: int, name: str) -> Array:
+    """Inside `per_shard`: the parts of all devices along a logical axis, one behind the other."""
+    mesh = jax.sharding.get_abstract_mesh()
+    places = () if _is_single(mesh) else tuple(place for place in PLACES[name] if mesh.shape[place] > 1)
+    return jax.lax.all_gather(x, places, axis=axis, tiled=True) if places else x
+
+
+def _is_single(mesh: jax.sharding.AbstractMesh) -> bool:
+    return mesh.empty or mesh.size == 1

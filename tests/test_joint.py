@@ -1,0 +1,58 @@
+"""Attention of streams that are split over packs, heads and tokens is that of one device."""
+
+import jax
+import numpy as np
+import pytest
+from attention_cases import random_rows
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from data_pipelines.batch import Rows
+from irg_jax.models.joint import KeyValue, attend_together, look_together
+from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
+
+LENGTHS, PAST, HEADS, KEY_HEADS = (8, 12, 20), 6, 6, 2
+
+
+def draw(seed: int):
+    """Queries, keys, values, cotangents, rows (each three streams) and a past, in no order of time."""
+    rng = np.random.default_rng(seed)
+    whole = PAST + sum(LENGTHS)
+    shuffled = rng.permutation(whole)
+    rows = Rows(*(row[:, shuffled] for row in random_rows(rng, 2, whole)))
+    streams = lambda x: tuple(np.split(x[:, PAST:], np.cumsum(LENGTHS)[:-1], axis=1))
+    heads = lambda count: streams(rng.normal(size=(2, whole, count, 8)).astype(np.float32))
+    past = KeyValue(*rng.normal(size=(2, 2, PAST, KEY_HEADS, 8)).astype(np.float32))
+    return ((heads(HEADS), heads(KEY_HEADS), heads(KEY_HEADS), heads(HEADS), tuple(map(lambda x: Rows(*x), zip(
+        *map(streams, rows))))), past, Rows(*(row[:, :PAST] for row in rows)))
+
+
+def attend_and_back(query, key, value, weight, rows, past, past_rows):
+    sight = look_together(rows, past_rows)
+    out, back = jax.vjp(lambda *heads: attend_together(*heads, sight, past, heads="heads"), query, key, value)
+    return out, back(weight)
+
+
+@pytest.mark.parametrize("with_past", [False, True])
+@pytest.mark.parametrize("config", [MeshConfig(fsdp=2, tensor=2, context=2), MeshConfig(data=2, context=4)],
+                         ids=str)
+def test_any_mesh(config, with_past):
+    split, past, past_rows = draw(seed=4)
+    rest = (past, past_rows) if with_past else (None, None)
+    wanted = jax.jit(attend_and_back)(*split, *rest)
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(split, NamedSharding(mesh, P(BATCH_AXES, "context")))
+        got = jax.jit(attend_and_back)(*split, *rest)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_keys_are_gathered_and_their_gradients_scattered():
+    split, *_ = draw(seed=4)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(split, NamedSharding(mesh, P(BATCH_AXES, "context")))
+        program = jax.jit(attend_and_back).lower(*split, None, None).compile().as_text()
+    assert program.count(" reduce-scatter(") == 2
+    assert not any(program.count(f" {name}(") for name in ("all-reduce", "all-to-all", "collective-permute"))
