@@ -32,7 +32,8 @@ from data_pipelines.samples import BRACKETS, Gap, Item, Text, ViTImage, VAEImage
 from data_pipelines.simulation import simulate
 from irg_jax.kernels.attention import attend, look
 from irg_jax.kernels.tiles import map_tiles, pad_rows
-from irg_jax.models.streams import join_rows
+from irg_jax.models.joint import look_together
+from irg_jax.models.vision import own_images
 
 TILES = (128, 256, 512, 1024)
 HEADS, KEY_HEADS, SIZE = 28, 4, 128     # of the 7B
@@ -89,20 +90,23 @@ def visited_ratio(packs: list[Rows], tile: int) -> float:
 
 
 def of_llm(pack: PackedBatch) -> Rows:
-    return Rows(*(np.concatenate(row) for row in zip(pack.text_rows, pack.vit_rows, pack.latent_rows)))
+    return together(pack.text_rows, pack.vit_rows, pack.latent_rows)
 
 
 def of_vit(pack: PackedBatch) -> Rows:
-    """As `irg_jax.models.vision` has them: an image sees itself."""
-    rows = pack.vit_rows
-    first = np.where(rows.last < 0, rows.first, rows.span)
-    return rows._replace(first=first, noised=np.zeros_like(rows.noised))
+    return together(own_images(pack.vit_rows))
+
+
+def together(*streams: Rows) -> Rows:
+    """The rows of a pack's queries as attention has them."""
+    sight = look_together(tuple(jax.tree.map(lambda row: jnp.asarray(row)[None], rows) for rows in streams))
+    return jax.tree.map(lambda row: np.asarray(row[0]), sight.query)
 
 
 def measure_visits(packs: list[PackedBatch]) -> dict[str, Any]:
     result = {}
-    for name, pick in (("llm", of_llm), ("vit", of_vit)):
-        rows = [pick(pack) for pack in packs]
+    for name, of_layers in (("llm", of_llm), ("vit", of_vit)):
+        rows = [of_layers(pack) for pack in packs]
         density = np.mean([visible_pairs(row) / row.order.size**2 for row in rows])
         result[name] = {"slots": rows[0].order.size, "density": round(float(density), 4),
                         "visited": {str(tile): round(visited_ratio(rows, tile), 4) for tile in TILES}}
@@ -143,7 +147,7 @@ def measure_speed(pack: PackedBatch) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 3)
     heads = [jax.random.normal(key, (1, slots, count, SIZE), jnp.bfloat16)
              for key, count in zip(keys, (HEADS, KEY_HEADS, KEY_HEADS))]
-    sight = jax.jit(look)(*[jax.tree.map(lambda row: row[None], rows)] * 2)
+    sight = jax.jit(look)(*[jax.tree.map(lambda row: jnp.asarray(row)[None], rows)] * 2)
     ours = lambda implementation: lambda *heads: attend(*heads, sight, implementation)
     cases = {name: (ours(name), pairs) for name in ("auto", "xla")}
     if jax.default_backend() == "gpu":

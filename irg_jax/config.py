@@ -4,6 +4,7 @@ import dataclasses
 
 from data_pipelines.config import DataConfig
 from irg_jax.models.config import ModelConfig
+from irg_jax.models.stack import REMAT
 from irg_jax.parallel.sharding import MeshConfig
 from irg_jax.training.losses import LossConfig
 from irg_jax.training.optimizer import OptimizerConfig
@@ -24,7 +25,7 @@ class TrainConfig:
     seed: int = 42                   # noise of the flow and of the posterior
     accumulate: int = 1              # parts that a step's packs are taken in
     dtype: str = "bfloat16"          # of matmuls: "bfloat16" or "float32"
-    remat: bool = True               # recompute layers in the backward pass
+    remat: str = "full"              # what the backward pass computes again: "full", "attention", "none"
     save_every: int = 1000           # steps between checkpoints; the last step is always saved
     keep: int = 2                    # checkpoints kept
     log_every: int = 1               # steps between lines of metrics.jsonl
@@ -34,6 +35,8 @@ class TrainConfig:
             raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT)}")
         for name in ("total_steps", "save_every", "keep", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")

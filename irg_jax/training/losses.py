@@ -137,7 +137,7 @@ def cross_entropy(
 
 
 def token_losses(
-    model: IRG, batch: PackedBatch, flow: Flow, *, dtype: DTypeLike, remat: bool
+    model: IRG, batch: PackedBatch, flow: Flow, *, dtype: DTypeLike, remat: str
 ) -> tuple[Float[Array, "B T"], Float[Array, "B G Z"]]:
     """Per-token cross-entropy, and squared velocity error per latent value; unweighted."""
     rows = Streams(batch.text_rows, batch.vit_rows, batch.latent_rows)
