@@ -6,9 +6,11 @@ or 4), `context` splits long packs and, meanwhile, parameters.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -49,7 +51,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, "
                          f"there are {len(devices)}")
-    return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 4)
+    # A mesh axis may be a part of a side of the torus, e.g. 8 of 4 x 4 x 4; `jax.make_mesh` refuses that.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -73,6 +77,34 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Packs are dealt over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def deal_batch(tree: Any, *, whole: bool = True) -> Any:
+    """Activations [B, ...] stay dealt over the batch axes, whatever axes the weights that they meet lie on.
+
+    Without this a compiler may split features as weights are split, and hold all packs on every device.
+    Where no mesh is set it does nothing.
+
+    Args: whole asks for the other dimensions in one piece; else the compiler may split them (`tensor`).
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    rest = None if whole else PartitionSpec.UNCONSTRAINED
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(
+        x, PartitionSpec(BATCH_AXES, *[rest] * (x.ndim - 1))), tree)
+
+
+def map_shares(function: Callable, shared: Any, batch: Any) -> Any:
+    """function(shared, batch) on each share of the batch by itself: [B, ...] in, [B, ...] out.
+
+    For work that goes through the packs one by one, whose loop a compiler would run over all packs on every
+    device. Where no mesh is set there is one share.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(shared, batch)
+    spec = PartitionSpec(BATCH_AXES)
+    mapped = jax.shard_map(function, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False)
+    return mapped(shared, batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
