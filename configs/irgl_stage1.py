@@ -29,6 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
         "save_every": 1000,
         "loss": {"timestep_shift": 4.0, "posterior": "sample"},
         "optimizer": {"learning_rate": 2e-5, "warmup_steps": 500, "eps": 1e-15, "ema_decay": 0.995},
+        "topologies": {
+            "v5p-16": {"mesh": {"fsdp": 8}, "packs_per_step": 8},
+            "v5p-128": {"mesh": {"data": 4, "fsdp": 16}, "packs_per_step": 64},
+        },
         "data": {
             "source": "IRGL-300K",
             "split": "",

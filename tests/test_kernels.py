@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.attention import visible_pairs
 from data_pipelines.batch import Rows, visible
 from irg_jax.kernels import tiles, tpu
 from irg_jax.kernels.attention import MAX_HEAD, attend, look
@@ -20,6 +19,7 @@ from irg_jax.models.decoder import Decoder
 from irg_jax.models.functional import Functional
 from irg_jax.models.streams import Streams
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
+from irg_jax.training.planned import count_pairs
 
 PAST, LENGTH, TILE = 13, 45, 8    # neither is a multiple of the tile
 HEADS, SHARED, SIZE = 2, 3, 6
@@ -95,13 +95,14 @@ def test_the_map_never_skips_or_bares_a_pair(seed, tile):
 
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 10**6))
-def test_the_benchmark_counts_visible_pairs(seed):
+def test_the_benchmark_counts_count_pairs(seed):
     rows = random_rows(np.random.default_rng(seed), 1, 60)
-    assert visible_pairs(Rows(*(row[0] for row in rows))) == visible(rows, rows).sum()
+    assert count_pairs(Rows(*(row[0] for row in rows))) == visible(rows, rows).sum()
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), shape=st.sampled_from(((1, 1), (1, 6), (6, 1), (5, 4))), share=st.floats(0, 1))
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(((1, 1), (1, 6), (6, 1), (5, 4))),
+       share=st.floats(0, 1))
 def test_the_list_has_every_tile_once_and_ends_every_row(seed, shape, share):
     rng = np.random.default_rng(seed)
     visited = rng.random((2, *shape)) < share
