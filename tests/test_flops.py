@@ -56,6 +56,14 @@ def test_a_cond_counts_as_its_dearest_branch():
     assert count_flops(program).dot == 2 * ONE
 
 
+def test_what_depends_on_the_platform_counts_as_the_platforms_branch():
+    def loss(x, w):
+        return jnp.sum(jax.lax.platform_dependent(x, w, tpu=lambda x, w: x @ w, default=lambda x, w: x @ w @ w))
+    program = trace(jax.value_and_grad(loss), jnp.ones((ROWS, WIDTH)), jnp.ones((WIDTH, WIDTH)))
+    assert count_flops(program).dot == 2 * ONE    # forwards, and backwards to x
+    assert count_flops(program, platform="cpu").dot == 4 * ONE
+
+
 def test_a_while_that_multiplies_is_refused_and_another_is_not():
     square = jnp.ones((8, 8))
     with pytest.raises(ValueError, match="use lax.scan"):

@@ -32,23 +32,25 @@ class Flops:
         return self.dot + self.conv + self.kernel
 
 
-def count_flops(program: ClosedJaxpr | Jaxpr, *, visited_ratio: float = 1.0) -> Flops:
+def count_flops(program: ClosedJaxpr | Jaxpr, *, visited_ratio: float = 1.0, platform: str = "tpu") -> Flops:
     """Of one execution.
 
     Args:
         visited_ratio: share of a kernel's estimate that is executed, for kernels that skip tiles of their
             (dense) estimate.
-    A `cond` counts as its dearest branch; what `shard_map` runs on every device counts for each.
+        platform: what is chosen where the program depends on it (`lax.platform_dependent`).
+    Any other `cond` counts as its dearest branch; what `shard_map` runs on every device counts for each.
     Raises: ValueError for a kernel without an estimate, and for a `while` that does matmuls: how often it
         runs is in the data. `lax.scan` and `lax.map` are loops of known length.
     """
     jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
-    return sum((_equation(equation, visited_ratio) for equation in jaxpr.eqns), Flops())
+    return sum((_equation(equation, visited_ratio, platform) for equation in jaxpr.eqns), Flops())
 
 
-def _equation(equation: Any, visited_ratio: float) -> Flops:
+def _equation(equation: Any, visited_ratio: float, platform: str) -> Flops:
     name, params = equation.primitive.name, equation.params
-    inner = lambda: [count_flops(jaxpr, visited_ratio=visited_ratio) for jaxpr in _inner(params)]
+    inner = lambda: [count_flops(jaxpr, visited_ratio=visited_ratio, platform=platform)
+                     for jaxpr in _inner(params)]
     if name == "dot_general":
         return Flops(dot=_dot(equation))
     if name == "conv_general_dilated":
@@ -61,6 +63,11 @@ def _equation(equation: Any, visited_ratio: float) -> Flops:
         return Flops(kernel=visited_ratio * estimate.flops)
     if name == "scan":
         return sum(inner(), Flops()).times(params["length"])
+    if name == "cond" and params.get("branches_platforms"):
+        choices = params["branches_platforms"]
+        index = next((i for i, names in enumerate(choices) if names and platform in names), None)
+        chosen = params["branches"][choices.index(None) if index is None else index]
+        return count_flops(chosen, visited_ratio=visited_ratio, platform=platform)
     if name == "cond":
         return max(inner(), key=lambda flops: flops.total)
     if name == "while":
