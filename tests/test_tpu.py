@@ -30,4 +30,4 @@ def test_attention_of_a_whole_pack_compiles(libtpu, name, heads, key_heads, size
         return out, back(weight)
     lowered = jax.jit(run).trace(query, key, key, query, rows).lower(lowering_platforms=("tpu",))
     memory = lowered.compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 8 * slots * heads * 128 * 2    # eight arrays like the queries
+    assert memory.temp_size_in_bytes < 12 * slots * heads * 128 * 2    # a dozen arrays like the queries
