@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from irg_jax.parallel.collectives import Collective, Work, find_collectives, measure_work, total_by_kind
+from irg_jax.parallel.flops import Flops
 from irg_jax.parallel.hlo import Module
-from irg_jax.parallel.topologies import Chip
+from irg_jax.parallel.topologies import Chip, Topology
 
 GIB = 2**30
 MEMORY_REPORT = "*.after_optimizations-memory-usage-report.txt"
@@ -94,3 +95,34 @@ def read_memory(report: str) -> tuple[int, tuple[str, ...]]:
 def _read(folder: pathlib.Path, pattern: str) -> str:
     (path,) = folder.glob(pattern)
     return path.read_text(encoding="utf-8")
+
+
+def summarize(report: Report, topology: Topology, useful: float, executed: Flops) -> dict[str, Any]:
+    """Memory, work and the best that can be reached; GiB and seconds are a chip's, operations all chips'.
+
+    Args: useful operations are what nobody could save; executed ones are those of the traced program.
+    """
+    chip, chips = topology.chip, topology.num_chips
+    roofline = report.roofline(chip, executed.kernel / chips)
+    return {
+        "temp_gib": report.temporaries / GIB, "peak_hbm_gib": report.peak / GIB, "hbm_gib": chip.hbm_gib,
+        "fits": report.fits and report.peak <= chip.hbm_gib * GIB,
+        "largest_temporaries": list(report.largest),
+        "model_flops": useful, "executed_flops": executed.total, "executed_by": dataclasses.asdict(executed),
+        "recompute_ratio": executed.total / useful,
+        # Above 1 if chips do the same work: what the compiled program does on a chip, over its share.
+        "replication": report.work.flops * chips / (executed.dot + executed.conv),
+        "collective_gib": {kind: size / GIB for kind, size in total_by_kind(report.collectives).items()},
+        "async_collectives": f"{sum(x.is_async for x in report.collectives)} of {len(report.collectives)}",
+        "roofline_seconds": roofline, "mfu_bound": useful / chips / chip.flops / max(roofline.values()),
+        "compile_seconds": report.seconds,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same record with floats of four digits."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list) else value

@@ -1,6 +1,5 @@
 """What a compiled step says about a run: memory, work and the best that can be reached, as one record."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -8,8 +7,7 @@ import jax
 
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import ModelConfig
-from irg_jax.parallel.collectives import total_by_kind
-from irg_jax.parallel.compiling import GIB, Report, device_bytes
+from irg_jax.parallel.compiling import GIB, Report, device_bytes, rounded, summarize
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import Step, trace_encoder
@@ -19,29 +17,18 @@ from irg_jax.training.planned import Planned, model_flops
 def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: jax.sharding.Mesh, step: Step,
              report: Report, planned: Planned) -> dict[str, Any]:
     """Everything that `irg_jax.precompile` prints; GiB and seconds are a chip's, operations all chips'."""
-    data, chip, chips = config.data, topology.chip, topology.num_chips
+    data = config.data
     image = count_flops(trace_encoder(config, model).jaxpr).total * planned.latent / data.canvas**2
     useful = data.packs_per_step * model_flops(planned, model, image)
     executed = count_flops(step.traced.jaxpr, visited_ratio=planned.visited_ratio)
-    roofline = report.roofline(chip, executed.kernel / chips)
-    fits = report.fits and report.peak <= chip.hbm_gib * GIB
     result = {
-        "program": "train", "topology": topology.name, "chips": chips, "mesh": dict(mesh.shape),
+        "program": "train", "topology": topology.name, "chips": topology.num_chips, "mesh": dict(mesh.shape),
         "params": sum(math.prod(x.shape) for x in jax.tree.leaves(step.state.params)),
         "packs_per_step": data.packs_per_step, "accumulate": config.accumulate,
         "tokens_per_step": data.packs_per_step * (data.text_tokens + data.vit_tokens + data.latent_tokens),
-        "state_gib": device_bytes(step.state) / GIB, "temp_gib": report.temporaries / GIB,
-        "peak_hbm_gib": report.peak / GIB, "hbm_gib": chip.hbm_gib, "fits": fits,
-        "largest_temporaries": list(report.largest),
+        "state_gib": device_bytes(step.state) / GIB,
         "fill": planned.fill, "visible_ratio": planned.visible_ratio, "visited_ratio": planned.visited_ratio,
-        "model_flops": useful, "executed_flops": executed.total, "executed_by": dataclasses.asdict(executed),
-        "recompute_ratio": executed.total / useful,
-        # Above 1 if chips do the same work: what the compiled program does on a chip, over its share.
-        "replication": report.work.flops * chips / (executed.dot + executed.conv),
-        "collective_gib": {kind: size / GIB for kind, size in total_by_kind(report.collectives).items()},
-        "async_collectives": f"{sum(x.is_async for x in report.collectives)} of {len(report.collectives)}",
-        "roofline_seconds": roofline, "mfu_bound": useful / chips / chip.flops / max(roofline.values()),
-        "compile_seconds": report.seconds,
+        **summarize(report, topology, useful, executed),
         "overrides": " ".join([f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()]
                               + [f"--config.data.packs_per_step={data.packs_per_step}",
                                  f"--config.accumulate={config.accumulate}"]),
@@ -74,12 +61,3 @@ def advise(result: dict[str, Any]) -> list[str]:
         lines.append(f"{result['packs_per_step']} packs a step fill the {shards} shards of the batch; the "
                      "paper's global batch is 8 packs, so this is another experiment")
     return lines
-
-
-def rounded(value: Any) -> Any:
-    """The same record with floats of four digits."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
