@@ -148,8 +148,12 @@ def _entry(width: int, entries):
 
 
 def _dot(left, right, axes: tuple[int, int]):
-    """Sums over axis `axes[0]` of the left and `axes[1]` of the right, in float32."""
-    return jax.lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())),
+    """Sums over axis `axes[0]` of the left and `axes[1]` of the right, in float32.
+
+    Products of bfloat16 are exact in one pass: a higher precision that is set for a program is for float32.
+    """
+    precision = jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)
 
 
