@@ -1,11 +1,11 @@
 """The report on a compiled step: what fits, what to change, and the command itself for a slice nobody has."""
 
-import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -67,13 +67,17 @@ def test_rounding_keeps_the_form():
     assert rounded({"a": [1.23456789, 2], "b": "x", "c": True}) == {"a": [1.235, 2], "b": "x", "c": True}
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install '.[tpu]'")
-
-
 def precompile(*arguments: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(pathlib.Path(sys.prefix) / "libtpu")
     return subprocess.run([sys.executable, "-m", "irg_jax.precompile", *arguments], cwd=ROOT, text=True,
                           capture_output=True, env=environment)
+
+
+def report(*arguments: str) -> dict[str, Any]:
+    ended = precompile("--config", "configs/irgl_stage1.py", *arguments)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads(ended.stdout[ended.stdout.index("{"):])
 
 
 def test_a_wrong_topology_is_one_sentence():
@@ -82,12 +86,17 @@ def test_a_wrong_topology_is_one_sentence():
 
 
 @pytest.mark.slow
-@needs_libtpu
-def test_stage_1_fits_64_v5p_chips():
-    ended = precompile("--config", "configs/irgl_stage1.py", "--topology", "v5p:4x4x4")
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    found = json.loads(ended.stdout[ended.stdout.index("{"):])
+def test_stage_1_fits_64_v5p_chips(libtpu):
+    found = report("--topology", "v5p:4x4x4")
     assert found["chips"] == 64 and found["fits"] and found["params"] > 14.5e9
     assert found["peak_hbm_gib"] < found["hbm_gib"] and 0.95 < found["replication"] < 1.1
     assert found["executed_flops"] > found["model_flops"] > 0 and 0 < found["mfu_bound"] < 1
+    assert found["executed_by"]["kernel"] > 0
     assert set(found["collective_gib"]) >= {"all-gather", "reduce-scatter"}
+
+
+@pytest.mark.slow
+def test_drawing_fits_one_v5p_chip(libtpu):
+    found = report("--topology", "v5p:1x1x1", "--program", "generate")
+    assert found["chips"] == found["images"] == 1 and found["fits"] and not found["collective_gib"]
+    assert 27 < found["state_gib"] < found["peak_hbm_gib"] < found["hbm_gib"]    # 14.6 B in bfloat16

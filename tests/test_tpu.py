@@ -8,7 +8,22 @@ from jax.sharding import SingleDeviceSharding
 
 from data_pipelines.batch import Rows
 from irg_jax.kernels.attention import attend, look
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.parallel.topologies import compile_devices, find_topology
+
+
+@pytest.mark.parametrize("name, chips", [("v5p:1x1x1", 1), ("v6e:1x1", 1), ("v5e:2x2", 4), ("2xv5p-16", 16)])
+def test_slices_of_any_size_have_devices(libtpu, name, chips):
+    assert len(compile_devices(find_topology(name))) == chips
+
+
+def test_slices_are_parts_of_data(libtpu):
+    devices = compile_devices(find_topology("2xv5p-16"))
+    mesh = make_mesh(MeshConfig(data=4, fsdp=4), devices)
+    halves = [{device.slice_index for device in half.flat} for half in np.split(mesh.devices, 2)]
+    assert sorted(map(tuple, halves)) == [(0,), (1,)]
+    with pytest.raises(ValueError, match="mesh.data is 1; it must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(fsdp=16), devices)
 
 
 @pytest.mark.parametrize("name, heads, key_heads, size, slots", [

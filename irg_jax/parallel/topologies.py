@@ -1,7 +1,7 @@
 """TPU slices by name: what a chip can do, and devices to compile for on a machine that has none.
 
 A slice is named by its shape, `v5p:4x4x4`, or as Cloud TPU sells it, `v5p-128`: there v4 and v5p count cores,
-two a chip, and v5e and v6e count chips.
+two a chip, and v5e and v6e count chips. `2xv5p-128` are two of them, joined by the data centre's network.
 """
 
 import dataclasses
@@ -52,24 +52,33 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: the generation of its chips, and its sides in chips."""
+    """Equal slices: the generation of their chips, the sides of one in chips, and how many they are."""
 
     generation: str
     sides: tuple[int, ...]
+    slices: int = 1
 
     @property
     def name(self) -> str:
-        """As libtpu names it: `v5p:4x4x4`."""
+        """By its shape: `v5p:4x4x4`, `2xv5p:4x4x4`."""
+        return self._several(self.slice_name)
+
+    @property
+    def slice_name(self) -> str:
+        """As libtpu names one slice."""
         return f"{self.generation}:{'x'.join(map(str, self.sides))}"
 
     @property
     def cloud_name(self) -> str:
-        """As Cloud TPU names it: `v5p-128`."""
-        return f"{self.generation}-{self.num_chips * self.chip.cores_in_name}"
+        """As Cloud TPU names it: `v5p-128`, `2xv5p-128`."""
+        return self._several(f"{self.generation}-{math.prod(self.sides) * self.chip.cores_in_name}")
+
+    def _several(self, name: str) -> str:
+        return name if self.slices == 1 else f"{self.slices}x{name}"
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.sides)
+        return self.slices * math.prod(self.sides)
 
     @property
     def chip(self) -> Chip:
@@ -81,6 +90,8 @@ def find_topology(name: str) -> Topology:
 
     Raises: ValueError naming what comes near.
     """
+    if several := re.fullmatch(r"([1-9]\d*)x(\w+[:-].*)", name):
+        return dataclasses.replace(find_topology(several[2]), slices=int(several[1]))
     shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
     if shape and shape[1] in CHIPS:
         sides = tuple(map(int, shape[2].split("x")))
@@ -109,15 +120,19 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     """
     # Before libtpu is loaded: it shall neither ask Google's metadata server what machine this is, nor refuse to
     # load beside another process that has it.
+    one = dataclasses.replace(topology, slices=1)
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-                "TPU_ACCELERATOR_TYPE": topology.cloud_name, "TPU_WORKER_HOSTNAMES": "localhost"}
+                "TPU_ACCELERATOR_TYPE": one.cloud_name, "TPU_WORKER_HOSTNAMES": "localhost"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("compiling for TPUs needs the package libtpu: pip install '.[tpu]'")
     options = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}  # one device a chip
+    if math.prod(topology.sides) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)    # else a host has four
     try:
-        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
+        return topologies.get_topology_desc(topology.slice_name, platform="tpu", num_slices=topology.slices,
+                                            **options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"libtpu makes no topology {topology.name!r}: {str(error).partition(chr(10))[0]}"
                          ) from error
