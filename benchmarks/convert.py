@@ -5,8 +5,7 @@
 Writes a synthetic checkpoint of BAGEL-7B-MoT's geometry (14.6 B values, 29 GB in bf16, in shards of 5 GB),
 copies its files, then runs `irg_jax.convert` and `irg_jax.export` as users do, and checks that the export is
 the source, byte for byte. Twice the checkpoint must fit below DIR (default: a temporary folder). Prints one
-JSON object and writes it to benchmarks/results/convert.json. `--layers 1` and `8` were run so far
-(docs/performance.md).
+JSON object and writes it to benchmarks/results/convert.json.
 
 The limit is the disk: a copy reads and writes every byte once, and so does either command, which also hashes
 them (twice in an import: the files for the source's digests, the leaves for the checkpoint's).
