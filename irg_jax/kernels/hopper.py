@@ -10,8 +10,9 @@ keys and values in L2, and long lists come first.
 
 Budget of a block (H = 128; 227 KiB of shared memory, 65,536 registers): queries 32 KiB, later the result; two
 slots of keys and values 128 KiB; integers 4 KiB; reductions 2 KiB: one block an SM. Registers a thread: 232 for
-those that multiply (sums 64, scores 64, weights 32, and 64 integers of keys while a tile is masked), 40 for the
-one that copies: 128 (2 x 232 + 40) = 64,512. H = 64 has four slots of half the size.
+those that multiply (sums 64, scores 64, weights 32, and 64 integers of keys while a tile is masked), 40 for
+the one that copies: 128 (2 x 232 + 40) = 64,512. H = 64 has four slots of half the size. ptxas for sm_90a,
+which needs no GPU, spills nothing here and in the gradients of queries, and 4 bytes in those of keys.
 """
 
 import math
@@ -38,6 +39,7 @@ from irg_jax.kernels.tiles import (
 TILE = 128           # queries and keys of a tile
 ROWS = 64            # of a tile, for one warpgroup: what a wgmma takes
 MULTIPLIERS = 2      # warpgroups that multiply; one more copies
+MULTIPLYING, COPYING = 232, 40    # registers a thread; together no more than 3 x 168, which a block begins with
 SIZES = (64, 128)    # of a head
 LOG2E = math.log2(math.e)
 ACROSS, DOWN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)   # a number a row, a number a column
@@ -197,7 +199,7 @@ def _forward_kernel(entries, turns, query_integers, key_integers, query, key, va
 
     @pl.when(me == MULTIPLIERS)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(COPYING, action="decrease")
         of_head = jax.lax.div(pack * heads + head, query.shape[0] // key.shape[0])
         place = lambda step: pl.ds(key_tile(entry_of(step)) * TILE, TILE)
 
@@ -212,7 +214,7 @@ def _forward_kernel(entries, turns, query_integers, key_integers, query, key, va
 
     @pl.when(me < MULTIPLIERS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(MULTIPLYING, action="increase")
         place = pl.ds(tile * TILE + me * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(query.at[pack * heads + head, place], queries.at[me], queries_here.at[me])
         plgpu.copy_gmem_to_smem(query_integers.at[pack, pl.ds(0, 4), place], of_queries.at[me],
