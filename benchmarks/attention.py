@@ -12,7 +12,6 @@ benchmarks/results/attention.json.
 import functools
 import statistics
 import time
-import types
 from typing import Any
 
 import jax
@@ -23,87 +22,47 @@ from tqdm import tqdm
 
 from benchmarks import machine
 from data_pipelines import command
-from data_pipelines.batch import INF, PackedBatch, Rows
+from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.config import DataConfig, from_config_dict, load_config
-from data_pipelines.packing import assemble
 from data_pipelines.planning import Planner
-from data_pipelines.records import Kind
-from data_pipelines.samples import BRACKETS, Gap, Item, Text, ViTImage, VAEImage
 from data_pipelines.simulation import simulate
 from irg_jax.kernels.attention import attend, look
-from irg_jax.kernels.tiles import map_tiles, pad_rows
-from irg_jax.models.streams import join_rows
+from irg_jax.models.vision import own_images
+from irg_jax.training.planned import RECORDS, count_pairs, count_tiles, lay_out, rows_together
 
 TILES = (128, 256, 512, 1024)
 HEADS, KEY_HEADS, SIZE = 28, 4, 128     # of the 7B
 MATMUL = 8192                           # side of the matmul whose rate is the limit
 REPEATS = 5
-RECORDS = 2000                          # simulated, of each mode
-_TOKENIZER = types.SimpleNamespace(bos=0, eos=1, start_of_image=2, end_of_image=3)
 
 
-def plan_packs(stage: int, count: int) -> list[PackedBatch]:
-    """Packs as training has them, but that their pixels are black and their words are one word."""
+def packs_of(stage: int, count: int) -> list[PackedBatch]:
+    """Packs as training has them, but that their words and pixels are zeros."""
     config = from_config_dict(DataConfig, load_config(f"configs/irgl_stage{stage}.py").data)
     tables = simulate(config, records=RECORDS)
     planner = Planner(config, tables)
-
-    def sample(entry) -> list[Item]:
-        draws, items = planner.draws(entry), tables[entry.group].record(entry.index)
-        return [_item(items[index], config) if keep else Gap() for index, keep in zip(draws.chosen, draws.keep)]
-    return [assemble(map(sample, planner[index].entries), config=config, tokenizer=_TOKENIZER)
+    return [lay_out(planner[index], config, tables)
             for index in tqdm(range(count), f"stage {stage}", leave=False, disable=None)]
-
-
-def _item(row: np.ndarray, config: DataConfig) -> Item:
-    """An item of such a cost."""
-    kind, text, vit, latent, _ = row.tolist()
-    if kind == Kind.TEXT:
-        return Text([0] * (text - BRACKETS), loss=False)
-    if kind == Kind.VIT:
-        return ViTImage(_black(vit, config.vit_patch, config.vit_max_side))
-    return VAEImage(_black(latent, config.latent_patch, config.max_latent_size), kind == Kind.NOISED)
-
-
-def _black(tokens: int, patch: int, side: int) -> np.ndarray:
-    """An image of so many tokens, at most `side` high; attention knows no more of its shape."""
-    height = next(height for height in range(side, 0, -1) if tokens % height == 0)
-    return np.zeros((patch * height, patch * (tokens // height), 3), np.uint8)
-
-
-def visible_pairs(rows: Rows) -> int:
-    """How many pairs are visible, in S log S: orders of all keys up to `last`, less those hidden from it."""
-    order = np.sort(rows.order[rows.order < INF])
-    hidden = np.sort(rows.order[rows.noised & (rows.order < INF)])
-    query = rows.last >= 0
-    first, span, last = (row[query] for row in (rows.first, rows.span, rows.last))
-    between = lambda keys, low, high: int((np.searchsorted(keys, high) - np.searchsorted(keys, low)).sum())
-    return between(order, first, last + 1) - between(hidden, first, span)
 
 
 def visited_ratio(packs: list[Rows], tile: int) -> float:
     """Pairs in visited tiles over visible pairs."""
-    visit = jax.jit(lambda rows: map_tiles(pad_rows(rows, tile), pad_rows(rows, tile), tile)[0].sum())
-    visited = sum(int(visit(jax.tree.map(lambda row: row[None], rows))) for rows in packs)
-    return visited * tile**2 / sum(map(visible_pairs, packs))
+    return sum(count_tiles(rows, tile) for rows in packs) * tile**2 / sum(map(count_pairs, packs))
 
 
 def of_llm(pack: PackedBatch) -> Rows:
-    return Rows(*(np.concatenate(row) for row in zip(pack.text_rows, pack.vit_rows, pack.latent_rows)))
+    return rows_together(pack.text_rows, pack.vit_rows, pack.latent_rows)
 
 
 def of_vit(pack: PackedBatch) -> Rows:
-    """As `irg_jax.models.vision` has them: an image sees itself."""
-    rows = pack.vit_rows
-    first = np.where(rows.last < 0, rows.first, rows.span)
-    return rows._replace(first=first, noised=np.zeros_like(rows.noised))
+    return rows_together(own_images(pack.vit_rows))
 
 
 def measure_visits(packs: list[PackedBatch]) -> dict[str, Any]:
     result = {}
-    for name, pick in (("llm", of_llm), ("vit", of_vit)):
-        rows = [pick(pack) for pack in packs]
-        density = np.mean([visible_pairs(row) / row.order.size**2 for row in rows])
+    for name, of_layers in (("llm", of_llm), ("vit", of_vit)):
+        rows = [of_layers(pack) for pack in packs]
+        density = np.mean([count_pairs(row) / row.order.size**2 for row in rows])
         result[name] = {"slots": rows[0].order.size, "density": round(float(density), 4),
                         "visited": {str(tile): round(visited_ratio(rows, tile), 4) for tile in TILES}}
     return result
@@ -139,11 +98,11 @@ def time_attention(function, heads: list[jax.Array], pairs: float) -> dict[str, 
 def measure_speed(pack: PackedBatch) -> dict[str, Any]:
     """Each implementation over one pack, cuDNN over as many tokens of one causal sequence, one matmul."""
     rows = of_llm(pack)
-    pairs, slots = visible_pairs(rows), rows.order.size
+    pairs, slots = count_pairs(rows), rows.order.size
     keys = jax.random.split(jax.random.key(0), 3)
     heads = [jax.random.normal(key, (1, slots, count, SIZE), jnp.bfloat16)
              for key, count in zip(keys, (HEADS, KEY_HEADS, KEY_HEADS))]
-    sight = jax.jit(look)(*[jax.tree.map(lambda row: row[None], rows)] * 2)
+    sight = jax.jit(look)(*[jax.tree.map(lambda row: jnp.asarray(row)[None], rows)] * 2)
     ours = lambda implementation: lambda *heads: attend(*heads, sight, implementation)
     cases = {name: (ours(name), pairs) for name in ("auto", "xla")}
     if jax.default_backend() == "gpu":
@@ -157,7 +116,7 @@ def main(values: Any) -> None:
     result = {"benchmark": "attention", "device": jax.devices()[0].device_kind,
               **machine.describe("numpy", "jax"), "packs": values.packs, "visited": {}, "timed": {}}
     for stage in (1, 2):
-        packs = plan_packs(stage, values.packs)
+        packs = packs_of(stage, values.packs)
         result["visited"][f"stage{stage}"] = measure_visits(packs)
         if jax.default_backend() != "cpu":
             result["timed"][f"stage{stage}"] = measure_speed(packs[0])

@@ -7,7 +7,8 @@
     python benchmarks/effect.py ablation --run runs/shapes    base; better images; trajectories; six modes
 
 Each runs public commands (finished ones find their work done; `sight` draws by itself), prints a table, writes
-benchmarks/results/effect_<name>.json and prints it last. --run is a finished `launch/local.sh`.
+benchmarks/results/effect_<name>.json and prints it last. --run is a finished `launch/local.sh`; `seeds` takes
+such a run for seed N if it lies at OUT/seedN.
 """
 
 import argparse
@@ -74,7 +75,8 @@ def measure_seeds(flags: argparse.Namespace) -> dict[str, Any]:
     cases = []
     for seed in flags.seeds:
         folder = pathlib.Path(flags.out) / f"seed{seed}"
-        run("bash", "launch/local.sh", "--seed", str(seed), "--out", str(folder))
+        if not (ROOT / folder / "report.json").exists():
+            run("bash", "launch/local.sh", "--seed", str(seed), "--out", str(folder))
         report = json.loads((ROOT / folder / "report.json").read_text(encoding="utf-8"))
         cases.append({"seed": seed, **{system: report[system]["overall"] for system in SYSTEMS},
                       **{name: report[name] for name in ("turn2_minus_turn1", "turn1_minus_base")},

@@ -118,7 +118,7 @@ def _stage(stage: str, init_from: str, total_steps: int, *, weights: dict[str, f
         "init_from": init_from,
         "total_steps": total_steps,
         "dtype": "float32",
-        "remat": False,
+        "remat": "none",
         "save_every": 250,
         "loss": {"timestep_shift": timestep_shift, "vae_batch": 32},
         "optimizer": {"learning_rate": learning_rate, "warmup_steps": 200, "schedule": schedule, "eps": 1e-8,

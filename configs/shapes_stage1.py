@@ -33,7 +33,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "init_from": "runs/shapes/base",
         "total_steps": steps,
         "dtype": "float32",
-        "remat": False,
+        "remat": "none",
         "save_every": 100,
         "loss": {"timestep_shift": 4.0, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": min(20, steps // 2), "eps": 1e-8,

@@ -19,7 +19,7 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "init_from": "stage1:ema",
         "total_steps": steps,
         "dtype": "float32",
-        "remat": False,
+        "remat": "none",
         "save_every": 100,
         "loss": {"timestep_shift": 4.0, "vae_batch": 16},
         "optimizer": {"learning_rate": 5e-4, "warmup_steps": 0, "schedule": "cosine", "eps": 1e-8,

@@ -3,11 +3,34 @@
 import dataclasses
 
 from data_pipelines.config import DataConfig
-from irg_jax.models.config import ModelConfig
+from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from irg_jax.models.stack import REMAT
 from irg_jax.parallel.sharding import MeshConfig
+from irg_jax.parallel.topologies import Topology, find_topology
 from irg_jax.training.losses import LossConfig
 from irg_jax.training.optimizer import OptimizerConfig
 from irg_jax.training.step import StepConfig
+
+
+# What BAGEL-7B-MoT was released with; a checkpoint brings its own.
+BAGEL_7B_MOT = ModelConfig(
+    LLMConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+              num_attention_heads=28, num_key_value_heads=4),
+    ViTConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16),
+    VAEConfig())
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceConfig:
+    """How a run is laid out on one TPU slice; see `python -m irg_jax.precompile`."""
+
+    name: str                        # of the slice, e.g. "v5p-128"
+    mesh: MeshConfig
+    packs_per_step: int              # of the global batch: another one is another experiment
+    accumulate: int = 1
+
+    def __post_init__(self):
+        find_topology(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +44,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    topologies: tuple[SliceConfig, ...] = ()  # in a config also {name: {mesh, packs_per_step}}
     seed: int = 42                   # noise of the flow and of the posterior
     accumulate: int = 1              # parts that a step's packs are taken in
     dtype: str = "bfloat16"          # of matmuls: "bfloat16" or "float32"
-    remat: bool = True               # recompute layers in the backward pass
+    remat: str = "full"              # what the backward pass computes again: "full", "attention", "none"
     save_every: int = 1000           # steps between checkpoints; the last step is always saved
     keep: int = 2                    # checkpoints kept
     log_every: int = 1               # steps between lines of metrics.jsonl
@@ -34,12 +58,22 @@ class TrainConfig:
             raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT)}")
         for name in ("total_steps", "save_every", "keep", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.data.packs_per_step % self.accumulate:
             raise ValueError(f"data.packs_per_step {self.data.packs_per_step} does not divide into "
                              f"accumulate = {self.accumulate} parts")
+
+    def on(self, topology: Topology) -> "TrainConfig":
+        """The same run as the table lays it out on a slice; as it stands if the table has no such slice."""
+        for each in self.topologies:
+            if find_topology(each.name) == topology:
+                data = dataclasses.replace(self.data, packs_per_step=each.packs_per_step)
+                return dataclasses.replace(self, mesh=each.mesh, data=data, accumulate=each.accumulate)
+        return self
 
     def step_config(self) -> StepConfig:
         return StepConfig(self.loss, self.optimizer, self.total_steps, self.seed, self.data.canvas,

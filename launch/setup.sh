@@ -10,7 +10,6 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 python=$venv/bin/python
-stamp=$venv/requirements.sha256
 
 fail() {
     echo "error: $*" >&2
@@ -46,17 +45,21 @@ make_venv() {
     "$base" -m venv --clear "$venv" || fail "$base could not make the virtual environment $venv"
 }
 
+# install FILE DIR [OPTION...]: what FILE lists into DIR, if FILE has changed; the options are pip's.
 install() {
-    local digest
+    local file=$1 folder=$2 digest stamp
+    shift 2
+    stamp=$folder/${file%.txt}.sha256
     digest=$("$python" -c \
-        'import hashlib; print(hashlib.sha256(open("requirements.txt", "rb").read()).hexdigest())')
+        'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$file")
     if [[ -e $stamp && $(<"$stamp") == "$digest" ]]; then
-        echo "setup: $venv is up to date"
+        echo "setup: $folder is up to date"
         return
     fi
-    echo "setup: installing requirements.txt into $venv (some minutes the first time)"
-    "$python" -m pip install -qq --disable-pip-version-check -r requirements.txt ||
-        fail "pip could not install requirements.txt (see above); the same line again tries again"
+    echo "setup: installing $file into $folder (some minutes the first time)"
+    "$python" -m pip install -qq --disable-pip-version-check -r "$file" "$@" ||
+        fail "pip could not install $file (see above); the same line again tries again"
+    mkdir -p "$folder"
     echo "$digest" >"$stamp"
 }
 
@@ -64,4 +67,4 @@ install() {
 if ! is_usable "$python" || ! "$python" -c 'import pip' 2>/dev/null; then
     make_venv
 fi
-install
+install requirements.txt "$venv"

@@ -13,4 +13,6 @@ case ${1:-} in
 esac
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# Beside the environment, not in it: see the file. Tests that compile for TPUs look for it there.
+install requirements-tpu.txt "$venv/libtpu" --no-deps --upgrade --target "$venv/libtpu"
 exec "$python" -m pytest -q -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "$@"

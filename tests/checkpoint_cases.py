@@ -14,14 +14,10 @@ from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bagel import import_folder
 from irg_jax.checkpoints.model import Model
+from irg_jax.config import BAGEL_7B_MOT
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
-RELEASE = ModelConfig(
-    LLMConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-              num_attention_heads=28, num_key_value_heads=4),
-    ViTConfig(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27,
-              num_attention_heads=16),
-    VAEConfig())
+RELEASE = BAGEL_7B_MOT
 CONFIG = ModelConfig(
     LLMConfig(vocab_size=300, hidden_size=24, intermediate_size=20, num_hidden_layers=2,
               num_attention_heads=3, num_key_value_heads=1),

@@ -1,7 +1,9 @@
 """Eight CPU devices, exact float32 matmuls, shape checks in signatures; set before jax is imported."""
 
+import importlib.util
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # On a busy machine eight devices on two cores meet late; XLA would abort the process after 40 seconds.
@@ -30,6 +32,14 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def golden_dir(request) -> pathlib.Path:
     return pathlib.Path(request.config.getoption("--golden"))
+
+
+@pytest.fixture(scope="session")
+def libtpu() -> None:
+    """Makes TPUs' compiler known, which `launch/test.sh` puts beside the environment."""
+    sys.path.append(str(pathlib.Path(sys.prefix) / "libtpu"))
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.fail("libtpu is missing: bash launch/test.sh installs it beside the environment")
 
 
 @pytest.fixture(scope="session")

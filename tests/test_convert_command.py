@@ -68,6 +68,19 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch):
     assert dict(contents(tmp_path)) == before and len(added) > 20
 
 
+@pytest.mark.parametrize("piece_bytes", [20_000, 2**30])   # the first of many, and the only one at the end
+def test_a_failure_in_the_thread_that_writes_reaches_the_caller(source, tmp_path, monkeypatch, piece_bytes):
+    def fail(path, tree):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(store.ocp.partial, "save", fail)
+    before = dict(contents(tmp_path))
+    with pytest.raises(OSError, match="disk full"):
+        convert(source, tmp_path / "target")
+    assert dict(contents(tmp_path)) == before
+
+
 def test_a_failed_replacement_keeps_the_old_model(source, tmp_path):
     target, other = tmp_path / "target", make_model(seed=1)
     save_model(target, other)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from checkpoint_cases import CONFIG, assert_same, bits, contents, make_model, make_tokenizer
-from irg_jax.checkpoints import bagel, names
+from irg_jax.checkpoints import bagel, names, safetensors_files
 from irg_jax.checkpoints.bagel import export_folder, import_folder, read_config
 from irg_jax.checkpoints.model import cast, load_model, save_model
 
@@ -33,6 +33,18 @@ def assert_same_tensors(one, other):
 def test_golden_exports_as_it_was(golden_dir, tmp_path):
     export_folder(import_folder(golden_dir), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    for name in ("ema.safetensors", "ae.safetensors"):
+        assert_same_tensors(golden_dir / name, tmp_path / "out" / name)
+
+
+@pytest.mark.parametrize("block_bytes, tile", [(1, 2), (100, 5), (1000, 7)])
+def test_tensors_in_many_blocks_are_those_in_one(golden_dir, tmp_path, monkeypatch, block_bytes, tile):
+    """At the released size a tensor is read and written a few rows at a time, transposed in tiles."""
+    whole = import_folder(golden_dir)
+    monkeypatch.setattr(safetensors_files, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(safetensors_files, "TILE", tile)
+    assert_same(import_folder(golden_dir), whole)
+    export_folder(whole, tmp_path / "out")
     for name in ("ema.safetensors", "ae.safetensors"):
         assert_same_tensors(golden_dir / name, tmp_path / "out" / name)
 

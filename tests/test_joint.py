@@ -1,6 +1,7 @@
 """Attention of streams that are split over packs, heads and tokens is that of one device."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import random_rows
@@ -8,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.batch import Rows
+from irg_jax.models import joint
 from irg_jax.models.joint import KeyValue, attend_together, look_together
 from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
 
@@ -31,6 +33,17 @@ def attend_and_back(query, key, value, weight, rows, past, past_rows):
     sight = look_together(rows, past_rows)
     out, back = jax.vjp(lambda *heads: attend_together(*heads, sight, past, heads="heads"), query, key, value)
     return out, back(weight)
+
+
+def test_streams_that_begin_on_a_tile_see_the_same(monkeypatch):
+    """Padding between the streams, as packs of several tiles have it, changes nothing."""
+    split, *past = jax.tree.map(jnp.asarray, draw(seed=5))
+    wanted = attend_and_back(*split, *past)
+    monkeypatch.setattr(joint, "TILE", 7)
+    assert look_together(split[4]).query.order.shape[1] == 14 + 14 + 21
+    got = attend_and_back(*split, *past)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_past", [False, True])

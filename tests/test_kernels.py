@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import dense, gradients, one_image, padding, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from data_pipelines.batch import INF, Rows, visible
+from data_pipelines.batch import Rows, visible
 from irg_jax.kernels import tiles, tpu
 from irg_jax.kernels.attention import MAX_HEAD, attend, look
-from attention_cases import dense, gradients, one_image, padding, random_rows
+from irg_jax.models.config import LLMConfig
+from irg_jax.models.decoder import Decoder
+from irg_jax.models.functional import Functional
+from irg_jax.models.streams import Streams
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
+from irg_jax.training.planned import count_pairs
 
 PAST, LENGTH, TILE = 13, 45, 8    # neither is a multiple of the tile
 HEADS, SHARED, SIZE = 2, 3, 6
@@ -64,6 +70,15 @@ def test_bfloat16_stays_near():
     check(random_rows(rng, 2, PAST + LENGTH), rng, jnp.bfloat16, tolerance=0.02)
 
 
+def test_keys_whose_gradients_do_not_fit_take_several_walks(monkeypatch):
+    rng = np.random.default_rng(2)
+    rows, heads = random_rows(rng, 2, PAST + LENGTH), inputs(rng)
+    wanted = kernel()(*heads, rows)
+    monkeypatch.setattr(tpu, "SUMS", 8 * SIZE * (2 * TILE + 3))    # two tiles of eight at a time
+    for one, other in zip(kernel.__wrapped__()(*heads, rows), wanted, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=100)
 @given(seed=st.integers(0, 10**6), tile=st.sampled_from((4, 8, 16)))
 def test_the_map_never_skips_or_bares_a_pair(seed, tile):
@@ -72,26 +87,34 @@ def test_the_map_never_skips_or_bares_a_pair(seed, tile):
     query = tiles.pad_rows(Rows(*(row[:, 5:] for row in key)), tile)
     seen = np.asarray(visible(query, key))
     seen = seen.reshape(2, seen.shape[1] // tile, tile, -1, tile).swapaxes(2, 3)
-    visited, full = map(np.asarray, tiles.map_tiles(query, key, tile))
+    visited, full = map(np.asarray, jax.jit(tiles.map_tiles, static_argnums=2)(query, key, tile))
     assert (visited >= seen.any((-1, -2))).all()
     assert (full <= seen.all((-1, -2))).all()
     assert (full >= (seen.all((-1, -2)) & visited)).mean() > 0.9   # and is not always masked
 
 
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6))
+def test_the_benchmark_counts_count_pairs(seed):
+    rows = random_rows(np.random.default_rng(seed), 1, 60)
+    assert count_pairs(Rows(*(row[0] for row in rows))) == visible(rows, rows).sum()
+
+
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 10**6), queries=st.integers(1, 6), keys=st.integers(1, 6), share=st.floats(0, 1))
-def test_the_list_has_every_tile_once_and_ends_every_row(seed, queries, keys, share):
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(((1, 1), (1, 6), (6, 1), (5, 4))),
+       share=st.floats(0, 1))
+def test_the_list_has_every_tile_once_and_ends_every_row(seed, shape, share):
     rng = np.random.default_rng(seed)
-    visited = rng.random((2, queries, keys)) < share
+    visited = rng.random((2, *shape)) < share
     full = visited & (rng.random(visited.shape) < 0.5)
-    lists, counts = map(np.asarray, tiles.list_work(jnp.asarray(visited), jnp.asarray(full)))
-    for entries, count, want, bare in zip(lists, counts, visited, full):
+    lists, counts = map(np.asarray, jax.jit(tiles.list_work)(visited, full))
+    for entries, count, want, bare in zip(lists, counts[:, 0], visited, full):
         rows = tiles.query_tile(entries), tiles.key_tile(entries)
         real = entries[:count] & tiles.EMPTY == 0
         assert list(zip(*(row[:count][real] for row in rows))) == list(zip(*np.nonzero(want)))
         assert ((entries[:count][real] & tiles.MASKED == 0) == bare[want]).all()
         for mark in (tiles.FIRST, tiles.LAST):   # each row of tiles begins once and ends once
-            assert (rows[0][entries & mark != 0] == np.arange(queries)).all()
+            assert (rows[0][entries & mark != 0] == np.arange(shape[0])).all()
         assert (entries[count:] & 15 == tiles.EMPTY).all()
         assert all((row[count:] == row[count - 1]).all() for row in rows)
 
@@ -138,6 +161,22 @@ def test_auto_takes_the_kernel_on_a_tpu_alone():
     assert "tpu_custom_call" not in lowered("tpu", "xla")
     assert "tpu_custom_call" not in lowered("tpu", "auto", queries=3)
     assert "tpu_custom_call" not in lowered("tpu", "auto", size=MAX_HEAD * 2)
+
+
+@pytest.mark.parametrize("remat, calls", [("none", 2), ("attention", 2), ("full", 3)])
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=1), MeshConfig(fsdp=2, context=2)], ids=str)
+def test_remat_runs_attention_again_only_if_asked(mesh, remat, calls):
+    """Forwards, backwards and, where layers are computed again in full, forwards once more."""
+    decoder = Functional(lambda rngs: Decoder(LLMConfig(100, 64, 64, 2, 4, 2), rngs=rngs))
+    shape = lambda dtype, *more: jax.ShapeDtypeStruct((4, 300, *more), dtype)
+    rows = Rows(*(shape(np.bool_ if name == "noised" else np.int32) for name in Rows._fields))
+
+    def loss(params, x, rows):
+        hidden, _ = decoder.bind(params)(Streams(x, x, x), Streams(rows, rows, rows), remat=remat)
+        return hidden.text.sum()
+    with jax.set_mesh(make_mesh(mesh, jax.devices()[:mesh.fsdp * mesh.context])):
+        program = jax.jit(jax.grad(loss)).trace(decoder.shapes, shape(jnp.float32, 64), rows)
+        assert program.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == calls
 
 
 def test_an_unknown_implementation():

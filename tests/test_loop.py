@@ -44,7 +44,7 @@ def config(base, **fields) -> TrainConfig:
     groups = (GroupConfig("full", 1.0, True), GroupConfig("improving", 1.0))
     return TrainConfig(**({
         "stage": "stage1", "init_from": str(base / "base"), "total_steps": 5, "save_every": 2,
-        "dtype": "float32", "remat": False, "mesh": MeshConfig(fsdp=1, context=8),
+        "dtype": "float32", "remat": "none", "mesh": MeshConfig(fsdp=1, context=8),
         "loss": LossConfig(vae_batch=4), "optimizer": OptimizerConfig(learning_rate=1e-3),
         "data": data_config(source=str(base / "data"), groups=groups, packs_per_step=4)} | fields))
 

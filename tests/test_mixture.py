@@ -48,7 +48,7 @@ def test_every_kind_trains(mixture):
     model = Functional(lambda rngs: IRG(geometry, rngs=rngs))
     vae = Functional(lambda rngs: make_autoencoder(geometry, rngs=rngs))
     train = StepConfig(LossConfig(vae_batch=4), OptimizerConfig(learning_rate=1e-3), STEPS, 0, canvas=4,
-                       remat=False)
+                       remat="none")
     state = create_state(model.init(0), make_optimizer(train.optimizer, STEPS, model.shapes))
     step, vae_params = jax.jit(make_step(model, vae, train)), vae.init(1)
     data, losses, entries = make_iterator(config, tokenizer), [], []

@@ -276,7 +276,8 @@ def test_a_stage_that_was_killed_while_it_began_can_begin_again(tmp_path):
     writer = store.Writer(stage / "vae").__enter__()
     for path, leaf in list(names.flatten(model.vae).items())[:20]:
         writer.add(f"vae.{path}", leaf)
-    writer._flush()   # and now the process is gone
+    writer._flush()
+    writer._wait()   # and now the process is gone
     save_stage_frozen(stage, model)
     assert_same(load_stage_frozen(stage), dataclasses.replace(model, params={}))
     assert {path.name for path in stage.iterdir()} == {"model.json", "tokenizer.json", "vae"}

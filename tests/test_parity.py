@@ -124,7 +124,7 @@ def test_resize_rule(case):
 
 # ---- training -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
 def test_packed_forward(case, remat):
     batch = case.pack()
     ce, error = jax.jit(lambda b, f: token_losses(case.irg, b, f, dtype=jnp.float32, remat=remat))(
@@ -146,7 +146,7 @@ def test_losses(case, reweight):
 
 def test_every_gradient(case):
     batch = case.pack()
-    gradient = jax.jit(make_gradient(case.network, case.step_config(remat=False)))
+    gradient = jax.jit(make_gradient(case.network, case.step_config(remat="none")))
     _, grads = gradient(case.params, batch, case.flow(batch))
     relative("gradient norm", optax.tree.norm(grads), case.values["grad_norm"], LOSS)
     torch = case.to_torch(grads)
@@ -162,7 +162,7 @@ def test_every_gradient(case):
 
 
 def test_five_optimizer_steps(case):
-    config, values = case.step_config(remat=False), case.values["optim"]
+    config, values = case.step_config(remat="none"), case.values["optim"]
     optimizer = make_optimizer(config.optimizer, config.total_steps, case.network.shapes)
     gradient, update = make_gradient(case.network, config), make_update(config, optimizer)
     batch = case.pack()

@@ -29,7 +29,7 @@ NETWORK = Functional(lambda rngs: IRG(MODEL, rngs=rngs))
 VAE = Functional(lambda rngs: make_autoencoder(MODEL, rngs=rngs))
 # A key bias has no true gradient; a large eps keeps Adam from blowing its rounding noise up to a full step.
 CONFIG = StepConfig(LossConfig(vae_batch=2), OptimizerConfig(learning_rate=1e-3, eps=1e-4), 10, 0, canvas=4,
-                    remat=False)
+                    remat="none")
 
 
 def make_batch(num_packs: int, seed: int = 0):
@@ -87,7 +87,7 @@ def test_parameters_and_moments_are_sharded_as_the_table_says():
         assert tree["decoder"]["norm"]["scale"].sharding.spec in (P(), P(None))
 
 
-@pytest.mark.parametrize("field", [{"accumulate": 4}, {"remat": True}])
+@pytest.mark.parametrize("field", [{"accumulate": 4}, {"remat": "attention"}, {"remat": "full"}])
 def test_accumulation_and_remat_change_nothing(single, field):
     losses, _ = run(MeshConfig(), 1, dataclasses.replace(CONFIG, **field))
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)

@@ -34,7 +34,7 @@ from irg_jax.checkpoints.model import (
     read_json,
 )
 from irg_jax.checkpoints.names import listing
-from irg_jax.checkpoints.safetensors_files import SHARD_BYTES, Pending, TensorFiles, write_tensors
+from irg_jax.checkpoints.safetensors_files import SHARD_BYTES, Pending, TensorFiles, blocks, write_tensors
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
 LLM_CONFIG, VIT_CONFIG, CONFIG = "llm_config.json", "vit_config.json", "config.json"
@@ -216,20 +216,18 @@ def _read_leaves(folder: pathlib.Path, parts: Sequence[_Part],
         faults = found[part.name]
         slots = {slot.name: slot for slot in part.slots}
         tables = {table.name: table for table in part.tables}
-        for name, tensor in part.files.tensors():
+        for name, rows in part.files.tensors():
             if name in faults.names:
                 continue
             if name in tables:
-                _check_table(tensor, tables[name], faults)
-            elif not _is_finite(tensor):
+                _check_table(rows, tables[name], faults)
+                continue
+            leaf = np.empty(slots[name].our_shape, _DTYPES[part.files.entries[name].dtype])
+            if not _fill(slots[name].to_torch(leaf), rows):
                 faults.add("NaN or infinity", name)
             elif not is_refused:
-                dtype = np.dtype(_DTYPES[part.files.entries[name].dtype])
-                slot = slots[name]
-                leaf = np.ascontiguousarray(slot.to_ours(tensor), dtype)
-                del tensor   # while the leaf is written, and the leaf while the next tensor is read
-                yield f"{part.name}.{slot.leaf}", leaf
-                del leaf
+                yield f"{part.name}.{slots[name].leaf}", leaf
+            del leaf   # while the next tensor is read
         digests |= part.files.digests
     sentences = [line for part in parts for line in part.files.faults + found[part.name].sentences()]
     if sentences:
@@ -257,14 +255,25 @@ def _check_headers(part: _Part, faults: _Faults) -> None:
                 faults.add("wrongly typed", slot.name, f"{ours}, other layers {first[slot.path]}")
 
 
+def _fill(tensor: np.ndarray, rows: Iterator[np.ndarray]) -> bool:
+    """Copies blocks of rows into a whole tensor, contiguous or not; whether all of it is finite."""
+    place, finite = 0, True
+    for block in rows:
+        finite &= _is_finite(block)
+        tensor[place:place + len(block)] = block
+        place += len(block)
+    return finite
+
+
 def _is_finite(array: np.ndarray) -> bool:
     if array.dtype == ml_dtypes.bfloat16:   # by its bits: ml_dtypes would look at the values one by one
-        return bool(((array.view(np.uint16) & 0x7F80) != 0x7F80).all())
+        return bool((array.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
     return bool(np.isfinite(array).all())
 
 
-def _check_table(source: np.ndarray, table: names.FixedTable, faults: _Faults) -> None:
+def _check_table(rows: Iterator[np.ndarray], table: names.FixedTable, faults: _Faults) -> None:
     """The formula must explain the source's table, up to the rounding of its dtype."""
+    source = np.concatenate([block.copy() for block in rows])
     tolerance = max(1e-6, float(ml_dtypes.finfo(source.dtype).eps) / 2)
     if not np.abs(source.astype(np.float32) - table.build()).max() <= tolerance:   # NaN fails too
         faults.add("not the fixed position table", table.name)
@@ -281,9 +290,10 @@ def _make(part: str, sources: dict[str, Any], read: Callable[[list[str]], Iterat
             yield source.build().astype(dtype)
             continue
         leaf = np.asarray(next(leaves), dtype)
-        if not _is_finite(leaf):
+        if not all(map(_is_finite, blocks(leaf))):
             bad.append(source.path)
         yield source.to_torch(leaf)
+        del leaf   # while the next is read
 
 
 def _config_files(config: ModelConfig) -> dict[str, dict[str, Any]]:

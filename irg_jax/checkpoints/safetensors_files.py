@@ -3,6 +3,7 @@
 The official library checks every header before anything else looks at a file; pickle is never read.
 """
 
+import collections
 import hashlib
 import json
 import math
@@ -16,8 +17,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from irg_jax.checkpoints.names import listing
+from irg_jax.checkpoints.pages import let_go
 
 SHARD_BYTES = 5 * 10**9
+BLOCK_BYTES = 2**22   # of a tensor: enough to read fast, and little enough for the processor's cache
+TILE = 256            # columns that are transposed at once, for the same reason
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _READ = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -57,26 +61,25 @@ class TensorFiles:
         else:
             self._open(path)
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+    def tensors(self) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
         """Every tensor of a readable dtype (F32, BF16, F16), file by file in the order of its bytes.
 
-        They are read and not mapped, so that each goes when it is no longer used. Every byte of every file is
-        read once, and hashed on the way.
+        A tensor comes as blocks of its rows, each of which is overwritten by the next. Every byte of every file
+        is read once, and hashed on the way.
         """
         for file in self.files:
             entries = sorted((entry.begin, name) for name, entry in self.entries.items() if entry.file == file)
             with file.open("rb", buffering=0) as stream:
                 hasher, place = hashlib.sha256(), 0
                 for begin, name in entries:
-                    hasher.update(_read(stream, begin - place))   # the header, and what nobody owns
-                    raw = _read(stream, self.entries[name].num_bytes)
-                    hasher.update(raw)
-                    place = begin + len(raw)
-                    if self.entries[name].dtype in _READ:
-                        tensor = [raw.view(_READ[self.entries[name].dtype]).reshape(self.entries[name].shape)]
-                        del raw
-                        yield name, tensor.pop()   # the caller alone holds it: an embedding takes 1.1 GB
-                while len(rest := stream.read(2**24)):
+                    _drain(_read(stream, hasher, begin - place))   # the header, and what nobody owns
+                    entry = self.entries[name]
+                    blocks = _read_rows(stream, hasher, entry)
+                    if entry.dtype in _READ:
+                        yield name, blocks
+                    _drain(blocks)   # what the caller left
+                    place = begin + entry.num_bytes
+                while len(rest := stream.read(BLOCK_BYTES)):
                     hasher.update(rest)
             self.digests[file.name] = hasher.hexdigest()
 
@@ -197,19 +200,62 @@ def _write(file: pathlib.Path, tensors: list[Pending], made: Iterator[np.ndarray
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, value in zip(tensors, made):
-            stream.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        for _ in tensors:
+            _write_tensor(stream, file, next(made))   # which alone holds it
 
 
-def _read(stream: Any, count: int) -> np.ndarray:
-    """The next bytes, uint8 [count]."""
-    raw, held = np.empty(count, np.uint8), 0
-    while held < count:   # the system reads at most 2 GiB at once
-        got = stream.readinto(memoryview(raw)[held:])
-        if not got:
-            raise ValueError(f"{stream.name}: the file became shorter while it was read")
-        held += got
-    return raw
+def _write_tensor(stream: Any, file: pathlib.Path, tensor: np.ndarray) -> None:
+    for number, block in enumerate(blocks(tensor), start=1):
+        stream.write(block.reshape(-1).view(np.uint8).data)
+        if number % 16 == 0:
+            let_go(file)
+
+
+def blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array as contiguous blocks of its rows, of about BLOCK_BYTES: views, or one buffer filled anew."""
+    if array.ndim < 2:
+        array = np.ascontiguousarray(array)
+    rows = max(BLOCK_BYTES * len(array) // max(array.nbytes, 1), 1)
+    buffer = None if array.flags.c_contiguous else np.empty((rows, *array.shape[1:]), array.dtype)
+    for first in range(0, len(array), rows):
+        part = array[first:first + rows]
+        if buffer is None:
+            yield part
+            continue
+        block = buffer[:len(part)]
+        for column in range(0, array.shape[1], TILE):
+            block[:, column:column + TILE] = part[:, column:column + TILE]
+        yield block
+
+
+def _read_rows(stream: Any, hasher: Any, entry: Entry) -> Iterator[np.ndarray]:
+    """The next bytes as blocks [rows, *shape[1:]] of a tensor; uint8 [bytes] if its dtype is unreadable."""
+    if entry.dtype not in _READ:
+        yield from _read(stream, hasher, entry.num_bytes)
+        return
+    dtype = np.dtype(_READ[entry.dtype])
+    row = math.prod(entry.shape[1:]) * dtype.itemsize
+    for piece in _read(stream, hasher, entry.num_bytes, max(BLOCK_BYTES // max(row, 1), 1) * row):
+        yield piece.view(dtype).reshape(-1, *entry.shape[1:])
+
+
+def _read(stream: Any, hasher: Any, count: int, size: int = BLOCK_BYTES) -> Iterator[np.ndarray]:
+    """The next `count` bytes, hashed: uint8 [size] at most, in a buffer that they share."""
+    buffer = np.empty(min(size, count), np.uint8)
+    while count:
+        piece, held = buffer[:count], 0
+        while held < len(piece):   # the system reads at most 2 GiB at once
+            got = stream.readinto(memoryview(piece)[held:])
+            if not got:
+                raise ValueError(f"{stream.name}: the file became shorter while it was read")
+            held += got
+        hasher.update(piece)
+        count -= len(piece)
+        yield piece
+
+
+def _drain(iterator: Iterator[np.ndarray]) -> None:
+    collections.deque(iterator, maxlen=0)
 
 
 def _absence(folder: pathlib.Path, choices: list[pathlib.Path]) -> str:

@@ -11,6 +11,7 @@ import pathlib
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,13 +20,19 @@ from orbax.checkpoint import v1 as ocp
 
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.names import listing
+from irg_jax.checkpoints.pages import let_go
 
 DTYPES = ("float32", "bfloat16")
-PIECE_BYTES = 2**28   # what is gathered before it is written
+# What is gathered before it is written. Orbax compares the names in a piece with those of all pieces before it:
+# a hundred pieces of a 7B model would take it minutes, thirty some seconds.
+PIECE_BYTES = 2**30
 
 
 class Writer:
     """Writes leaves as they come; the folder takes its name when the block ends without an error.
+
+    A thread hashes and writes one piece while the next is gathered: two are in memory. Its errors come from
+    `add` or from the end of the block.
 
     They go into a folder beside it: Orbax would go on with what a killed process had begun, and refuse to
     write a leaf again.
@@ -38,6 +45,8 @@ class Writer:
         self.dtypes: dict[str, set[str]] = {}
         self._folder, self._held, self._size = folder.absolute(), {}, 0
         self._room = self._folder.with_name(f".{folder.name}.partial")
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future | None = None
 
     def __enter__(self) -> "Writer":
         shutil.rmtree(self._room, ignore_errors=True)   # left by a run that was killed
@@ -48,14 +57,15 @@ class Writer:
         try:
             if kind is None:
                 self._flush()
+                self._wait()
                 ocp.partial.finalize(self._room / self._folder.name)
                 (self._room / self._folder.name).rename(self._folder)
         finally:
+            self._thread.shutdown()
             shutil.rmtree(self._room, ignore_errors=True)
 
     def add(self, path: str, leaf: np.ndarray) -> None:
         """Takes a leaf, which must not change until it is written."""
-        self.digests[path] = digest(leaf)
         self.dtypes.setdefault(path.partition(".")[0], set()).add(leaf.dtype.name)
         if self._size + leaf.nbytes > PIECE_BYTES:
             self._flush()
@@ -65,13 +75,27 @@ class Writer:
             self._flush()
 
     def _flush(self) -> None:
+        """Hands over what is held, once the piece before it is written."""
+        self._wait()
         if self._held:
-            context = ocp.Context()
-            # bf16 weights would shrink by a fifth only, in three times as long
-            context.array.saving.use_compression = False
-            with context:
-                ocp.partial.save(self._room / self._folder.name, names.unflatten(self._held))
+            self._writing = self._thread.submit(self._write, self._held)
             self._held, self._size = {}, 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, piece: dict[str, np.ndarray]) -> None:
+        self.digests |= {path: digest(leaf) for path, leaf in piece.items()}
+        context = ocp.Context()
+        # bf16 weights would shrink by a fifth only, in three times as long
+        context.array.saving.use_compression = False
+        context.memory.deepcopy_host_arrays = False   # nobody changes them meanwhile
+        with context:
+            ocp.partial.save(self._room / self._folder.name, names.unflatten(piece))
+        for file in self._room.rglob("*"):
+            if file.is_file():
+                let_go(file)
 
 
 class Reader:
@@ -110,20 +134,29 @@ class Reader:
         return found
 
     def in_turn(self, paths: Sequence[str]) -> Iterator[np.ndarray]:
-        """These leaves one by one, read about PIECE_BYTES ahead: Orbax takes long to open a checkpoint."""
-        piece, size = [], 0
-        for path in paths:
-            piece.append(path)
-            size += math.prod(self.leaves[path].shape) * self.leaves[path].dtype.itemsize
-            if size >= PIECE_BYTES:
-                yield from self._take(piece)
-                piece, size = [], 0
-        yield from self._take(piece)
+        """These leaves one by one, read in pieces: Orbax takes long to open a checkpoint.
 
-    def _take(self, piece: list[str]) -> Iterator[np.ndarray]:
-        found = self.read(piece) if piece else {}
-        for path in piece:
-            yield found.pop(path)
+        While one piece is in use the next is read, unless both are large.
+        """
+        pieces = self._pieces(paths)
+        with ThreadPoolExecutor(1) as thread:
+            coming = None
+            for number, (piece, size) in enumerate(pieces):
+                found = self.read(piece) if coming is None else coming.result()
+                coming = None
+                if number + 1 < len(pieces) and size + pieces[number + 1][1] <= 1.5 * PIECE_BYTES:
+                    coming = thread.submit(self.read, pieces[number + 1][0])
+                for path in piece:
+                    yield found.pop(path)
+
+    def _pieces(self, paths: Sequence[str]) -> list[tuple[list[str], int]]:
+        """Paths to read together, and the bytes of their leaves: half a piece, for Orbax holds them twice."""
+        pieces: list[tuple[list[str], int]] = []
+        for path in paths:
+            size = math.prod(self.leaves[path].shape) * self.leaves[path].dtype.itemsize
+            held, held_size = pieces.pop() if pieces and pieces[-1][1] + size <= PIECE_BYTES // 2 else ([], 0)
+            pieces.append(([*held, path], held_size + size))
+        return pieces
 
     def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         both = [path for path in shapes if path in self.leaves]

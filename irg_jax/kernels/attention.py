@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from data_pipelines.batch import Rows
@@ -21,6 +22,7 @@ from irg_jax.kernels import blockwise, hopper, hopper_backward, tpu
 from irg_jax.kernels.tiles import key_integers, list_work, map_tiles, pad_rows, query_integers
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
+ATTENDED = "attended"   # what a rematerialisation policy may keep, by this name
 TILE = 512          # queries and keys of a tile; why: docs/performance.md
 MAX_HEAD = 128      # of the fused kernel; the autoencoder's one head of 512 takes XLA
 MIN_QUERIES = 128   # a token that is decoded, or a short text, is no work for it
@@ -89,6 +91,7 @@ def _attend(implementation: str, query, key, value, sight: Sight):
 def _forward(implementation, query, key, value, sight: Sight):
     passes = blockwise.forward, tpu.forward, hopper.forward
     out, logsum = _choose(implementation, sight, passes, query, key, value)
+    out, logsum = checkpoint_name(out, ATTENDED), checkpoint_name(logsum, ATTENDED)
     return out, (query, key, value, sight, out, logsum)
 
 

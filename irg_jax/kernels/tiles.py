@@ -11,9 +11,8 @@ or all are (no masking). What is left is written down as one list, in order of q
 a pack and shared by all layers; the grid of a kernel runs over it, so a skipped tile costs nothing at all.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -23,6 +22,7 @@ from data_pipelines.batch import INF, Rows
 FIRST, LAST, MASKED, EMPTY = 1, 2, 4, 8
 _MARKS, _TILE = 4, 13
 MAX_TILES = 1 << _TILE
+_PADDING = Rows(INF, INF, 0, -1, False, 0)
 
 
 def query_integers(rows: Rows) -> Int[Array, "B 8 S"]:
@@ -39,12 +39,15 @@ def _eight(*rows) -> Int[Array, "B 8 S"]:
     return jnp.stack(rows + (jnp.zeros_like(rows[0]),) * (8 - len(rows)), axis=1)
 
 
+def pad_axis(x: Any, axis: int, multiple: int, value: Any = 0) -> Array:
+    """With `value` behind, up to a multiple of the tile."""
+    return jnp.pad(x, [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)],
+                   constant_values=value)
+
+
 def pad_rows(rows: Rows, multiple: int) -> Rows:
-    """Padding behind the rows, up to the next multiple of the tile that is not 0."""
-    length = rows.order.shape[1]
-    pad = -length % multiple if length else multiple
-    fill = Rows(INF, INF, 0, -1, False, 0)
-    return Rows(*(jnp.pad(row, ((0, 0), (0, pad)), constant_values=value) for row, value in zip(rows, fill)))
+    """Padding behind the rows, up to a multiple of the tile."""
+    return Rows(*(pad_axis(row, 1, multiple, value) for row, value in zip(rows, _PADDING)))
 
 
 def map_tiles(query: Rows, key: Rows, tile: int) -> tuple[Bool[Array, "B Q K"], Bool[Array, "B Q K"]]:
@@ -53,7 +56,7 @@ def map_tiles(query: Rows, key: Rows, tile: int) -> tuple[Bool[Array, "B Q K"], 
     The first may err towards visiting and the second towards masking, never the other way. Lengths are
     multiples of `tile`.
     """
-    cut = lambda row: row.reshape(row.shape[0], -1, tile)
+    cut = lambda row: row.reshape(row.shape[0], row.shape[1] // tile, tile)
     of_queries = lambda least, row: getattr(cut(row), least)(-1)[:, :, None]
     of_keys = lambda least, row: getattr(cut(row), least)(-1)[:, None, :]
     span = jnp.where(query.last < 0, INF, query.span)
@@ -77,10 +80,12 @@ def list_work(visited: Bool[Array, "B Q K"], full: Bool[Array, "B Q K"]
     Entries past the count repeat the last one's tiles and have no mark but EMPTY: no copies and no work.
     Raises: ValueError if there are more tiles than an entry can name.
     """
-    _, queries, keys = visited.shape
+    packs, queries, keys = visited.shape
     if max(queries, keys) > MAX_TILES:
         raise ValueError(f"{queries} x {keys} tiles of queries and keys; an entry can name {MAX_TILES} of "
                          "each: take larger tiles, or split the pack over `context`")
+    if not queries:    # a stream without tokens
+        return jnp.zeros((packs, 0), jnp.int32), jnp.zeros((packs, 1), jnp.int32)
     empty = ~visited.any(-1, keepdims=True)
     listed = visited | (empty & (jnp.arange(keys) == 0))
     tiles = jnp.arange(queries)[:, None] << (_MARKS + _TILE) | jnp.arange(keys) << _MARKS
@@ -123,3 +128,11 @@ def query_tile(entry):
 
 def key_tile(entry):
     return entry >> _MARKS & ((1 << _TILE) - 1)
+
+
+def pick_keys(entries: Int[Array, "B W"], start: int, count: int) -> Int[Array, "B W"]:
+    """The list for `count` tiles of keys from `start` alone, which are 0 to `count` then; others are EMPTY."""
+    tile = key_tile(entries) - start
+    kept = (tile >= 0) & (tile < count)
+    other = entries - (key_tile(entries) << _MARKS)
+    return jnp.where(kept, other | tile << _MARKS, other | EMPTY)

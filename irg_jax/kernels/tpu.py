@@ -8,7 +8,7 @@ across, so that maxima and sums run down the sublanes (plain vector operations) 
 a row. Matmuls take the dtype of their inputs and add up in float32; scores and softmax are float32.
 
 The backward pass is one walk, five matmuls a pair of tiles: gradients of queries add up as the walk stays on
-their tile, gradients of keys and values in VMEM for the whole length of a key head (8 C H bytes: 42 MB at
+their tile, gradients of keys and values in VMEM for the whole length of a key head (8 C H bytes: 40 MiB at
 40,960 tokens of 128), from where each is written once.
 """
 
@@ -21,10 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from irg_jax.kernels.tiles import EMPTY, FIRST, LAST, MASKED, key_tile, query_tile
+from irg_jax.kernels.tiles import EMPTY, FIRST, LAST, MASKED, key_tile, pad_axis, pick_keys, query_tile
 
 HIDDEN = -1e30                   # added to the score of a pair that is not visible
 VMEM_LIMIT = 60 * 2**20          # v5p and v7x have 64 MiB, v5e and v6e 128
+SUMS = 48 * 2**20                # of it for gradients of keys and values; longer packs take several walks
 
 
 class Work(NamedTuple):
@@ -41,7 +42,7 @@ def forward(query: Float[Array, "B K R S H"], key: Float[Array, "B K C H"], valu
             ) -> tuple[Float[Array, "B K R S H"], Float[Array, "B K R S"]]:
     """Attention of scaled queries, and the logarithm of the sum of their weights (float32)."""
     length, shared, size = query.shape[3], query.shape[2], query.shape[4]
-    query, key, value = _whole(work, query, key, value)
+    query, key, value = _whole(tile, query, key, value)
     of_query, of_key = _specs(work, tile, size, shared)
     call = _call(_forward_kernel, work, query, key, interpret,
                  in_specs=[of_query.integers, of_key.integers, of_query.heads, of_key.heads, of_key.heads],
@@ -59,8 +60,23 @@ def backward(query: Float[Array, "B K R S H"], key: Float[Array, "B K C H"], val
              work: Work, *, tile: int, interpret=False
              ) -> tuple[Float[Array, "B K R S H"], Float[Array, "B K C H"], Float[Array, "B K C H"]]:
     """Gradients of queries (their dtype), keys and values (float32); `share` is d_out . out."""
-    queries, keys, shared, size = query.shape[3], key.shape[2], query.shape[2], query.shape[4]
-    query, key, value, d_out, logsum, share = _whole(work, query, key, value, d_out, logsum, share)
+    queries, keys = query.shape[3], key.shape[2]
+    heads = _whole(tile, query, key, value, d_out, logsum, share)
+    length = SUMS // (8 * query.shape[4]) // tile * tile
+    if keys <= length:
+        d_query, *d_keys = _backward(*heads, work, tile, interpret)
+    else:
+        query, key, value, *rest = heads
+        parts = [_backward(query, *(x[:, :, start:start + length] for x in (key, value)), *rest,
+                           _part_of(work, start // tile, length // tile, tile), tile, interpret)
+                 for start in range(0, key.shape[2], length)]
+        d_query = sum(part[0].astype(jnp.float32) for part in parts).astype(query.dtype)
+        d_keys = [jnp.concatenate(x, axis=2) for x in list(zip(*parts))[1:]]
+    return d_query[:, :, :, :queries], *(x[:, :, :keys] for x in d_keys)
+
+
+def _backward(query, key, value, d_out, logsum, share, work: Work, tile: int, interpret):
+    shared, size = query.shape[2], query.shape[4]
     of_query, of_key = _specs(work, tile, size, shared)
     whole = jax.ShapeDtypeStruct(key.shape, jnp.float32)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -72,16 +88,19 @@ def backward(query: Float[Array, "B K R S H"], key: Float[Array, "B K C H"], val
                                  pltpu.VMEM(key.shape[2:], jnp.float32),
                                  pltpu.VMEM(key.shape[2:], jnp.float32)],
                  out_shape=(query, whole, whole), matmuls=5)
-    d_query, d_key, d_value = call(work.query, work.key, query, key, value, d_out, logsum, share)
-    return d_query[:, :, :, :queries], d_key[:, :, :keys], d_value[:, :, :keys]
+    return call(work.query, work.key, query, key, value, d_out, logsum, share)
 
 
-def _whole(work: Work, query, key, value, *of_query):
+def _part_of(work: Work, start: int, count: int, tile: int) -> Work:
+    """The work on `count` tiles of keys from `start`; what remains of the rest is steps without work."""
+    return work._replace(entries=pick_keys(work.entries, start, count),
+                         key=work.key[:, :, start * tile:(start + count) * tile])
+
+
+def _whole(tile: int, query, key, value, *of_query):
     """The same arrays with whole tiles of queries and keys."""
-    fill = lambda x, axis, like: jnp.pad(
-        x, [(0, like.shape[2] - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])
-    return (fill(query, 3, work.query), fill(key, 2, work.key), fill(value, 2, work.key),
-            *(fill(x, 3, work.query) for x in of_query))
+    return (pad_axis(query, 3, tile), pad_axis(key, 2, tile), pad_axis(value, 2, tile),
+            *(pad_axis(x, 3, tile) for x in of_query))
 
 
 class _Specs(NamedTuple):
@@ -129,8 +148,12 @@ def _entry(width: int, entries):
 
 
 def _dot(left, right, axes: tuple[int, int]):
-    """Sums over axis `axes[0]` of the left and `axes[1]` of the right, in float32."""
-    return jax.lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())),
+    """Sums over axis `axes[0]` of the left and `axes[1]` of the right, in float32.
+
+    Products of bfloat16 are exact in one pass: a higher precision that is set for a program is for float32.
+    """
+    precision = jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)
 
 

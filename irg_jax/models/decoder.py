@@ -90,7 +90,7 @@ class Decoder(nnx.Module):
         self.norm_gen = RMSNorm(config.hidden_size, ("norm",), eps=config.rms_norm_eps)
 
     def __call__(self, x: Streams, rows: Streams, past: Past | None = None, *, keep: bool = False,
-                 remat: bool = False) -> tuple[Streams, KeyValue | None]:
+                 remat: str = "none") -> tuple[Streams, KeyValue | None]:
         """Streams of embeddings [B S D] and of `Rows` -> normed hidden states and, if `keep`, new keys.
 
         New keys and values are [L, B, T + V + G, K, H], in stream order, for the caller to append.

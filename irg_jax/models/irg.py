@@ -55,7 +55,7 @@ class IRG(nnx.Module):
         return self.embed[...].astype(dtype)[ids]
 
     def embed_vit(self, patches: Float[Array, "B V P"], position: Int[Array, "B V"], rows: Rows, *,
-                  remat: bool = False) -> Float[Array, "B V D"]:
+                  remat: str = "none") -> Float[Array, "B V D"]:
         """Patches in [-1, 1] -> SigLIP -> connector, plus the fixed position table."""
         hidden = self.connector(self.vit(patches, position, rows, remat=remat))
         table = sincos_table(self.config.vit_max_num_patch_per_side, self.config.llm.hidden_size)
@@ -69,7 +69,7 @@ class IRG(nnx.Module):
         return hidden + jnp.asarray(table, hidden.dtype)[position]
 
     def __call__(self, embedded: Streams, rows: Streams, past: Past | None = None, *, keep: bool = False,
-                 remat: bool = False) -> tuple[Streams, KeyValue | None]:
+                 remat: str = "none") -> tuple[Streams, KeyValue | None]:
         """See `Decoder`: embedded streams and their rows, after `past` if given."""
         return self.decoder(embedded, rows, past, keep=keep, remat=remat)
 

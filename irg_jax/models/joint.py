@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data_pipelines.batch import Rows
-from irg_jax.kernels.attention import Sight, attend, look
+from irg_jax.kernels.attention import TILE, Sight, attend, look
+from irg_jax.kernels.tiles import pad_axis, pad_rows
 from irg_jax.kernels.tpu import Work
 from irg_jax.models.streams import join, join_rows, split
 from irg_jax.parallel.shards import Axes, gather, per_shard
@@ -40,7 +41,7 @@ _SIGHT = Sight(query=_rows(_TOKENS), key=_rows(_PACKS),
 def look_together(streams: tuple[Rows, ...], past: Rows | None = None) -> Sight:
     """Who sees whom among all tokens of some streams of rows [B, S], and of `past` [B, C]."""
     def local(streams, past):
-        query = join_rows(streams)
+        query = join_rows([pad_rows(rows, _tile(rows.order)) for rows in streams])
         key = Rows(*(gather(row, 1, "tokens") for row in query))
         return look(query, key if past is None else join_rows((past, key)))
     return per_shard(local, (_TOKENS, _PACKS), _SIGHT)(streams, past)
@@ -51,10 +52,17 @@ def attend_together(query: tuple[Float[Array, "B _ N H"], ...], key: tuple[Float
                     heads: str | None = None) -> tuple[Float[Array, "B _ N H"], ...]:
     """`attend`, stream by stream; `heads` is the logical axis of heads where they are split."""
     def local(query, key, value, sight, past):
-        keys = [gather(join(x), 1, "tokens") for x in (key, value)]
+        whole = [pad_axis(x, 1, _tile(x)) for x in query]
+        keys = [gather(join([pad_axis(x, 1, _tile(x)) for x in parts]), 1, "tokens") for parts in (key, value)]
         if past is not None:
             keys = [join((old.astype(new.dtype), new)) for old, new in zip(past, keys)]
-        return split(attend(join(query), *keys, sight), query)
+        attended = split(attend(join(whole), *keys, sight), whole)
+        return tuple(out[:, :x.shape[1]] for out, x in zip(attended, query))
     of_tokens, of_past = Axes("packs", "tokens", heads), Axes("packs", None, heads)
     return per_shard(local, (of_tokens, of_tokens, of_tokens, _SIGHT, of_past), of_tokens)(
         query, key, value, sight, past)
+
+
+def _tile(stream: Array) -> int:
+    """What a stream is padded to: a tile that is half one stream and half another would see nearly all keys."""
+    return TILE if stream.shape[1] > TILE else 1

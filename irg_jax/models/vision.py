@@ -17,6 +17,12 @@ from irg_jax.models.layers import LayerNorm, Linear, param
 from irg_jax.models.stack import run_stack, stack
 
 
+def own_images(rows: Rows) -> Rows:
+    """Rows by which a patch sees its own image and nothing else: its "sample" is its block."""
+    return rows._replace(first=jnp.where(rows.last < 0, rows.first, rows.span),
+                         noised=jnp.zeros_like(rows.noised))
+
+
 class ViTLayer(nnx.Module):
     """Pre-norm attention and MLP. Widths are axes of their own: 1152 and 4304 do not divide by 256."""
 
@@ -53,13 +59,10 @@ class VisionEncoder(nnx.Module):
         self.post_norm = LayerNorm(width, ("norm",), eps=config.layer_norm_eps)
 
     def __call__(self, patches: Float[Array, "B V P"], position: Int[Array, "B V"], rows: Rows, *,
-                 remat: bool = False) -> Float[Array, "B V D"]:
+                 remat: str = "none") -> Float[Array, "B V D"]:
         """`rows` are the ViT stream's rows in the pack; only `order`, `span` and `last` matter here."""
-        # A patch sees its own image and nothing else: its "sample" is its block.
-        rows = rows._replace(first=jnp.where(rows.last < 0, rows.first, rows.span),
-                             noised=jnp.zeros_like(rows.noised))
         x = self.patch_embed(patches) + self.position[...][position].astype(patches.dtype)
-        sight = look_together((rows,))
+        sight = look_together((own_images(rows),))
         x, _ = run_stack(lambda layer, x, _: (layer(x, sight), None), self.layers, x, remat=remat)
         return self.post_norm(x)
 

@@ -1,4 +1,5 @@
-"""A function on each device's part of its arrays: what attention needs, for a kernel is no program to be split.
+"""Where activations lie, and functions on each device's part of them: for a kernel, or a loop over packs, is no
+program that a compiler would split well.
 
 The models name the axes of what they pass; where these lie is this table, and without a mesh nothing changes.
 """
@@ -23,6 +24,16 @@ PLACES: dict[str | None, tuple[str, ...]] = {
 }
 
 
+def deal(tree: Any) -> Any:
+    """Activations [B, S, ...] keep lying by packs and tokens, whatever axes the weights that they meet lie on.
+
+    Without this a compiler may split features as weights are split, and hold all packs on every device.
+    """
+    if _is_single(jax.sharding.get_abstract_mesh()):
+        return tree
+    return jax.lax.with_sharding_constraint(tree, _spec(Axes("packs", "tokens")))
+
+
 def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """`function` for whole arrays, run on each device's part of them under the mesh that is set.
 
@@ -30,9 +41,7 @@ def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """
     if _is_single(jax.sharding.get_abstract_mesh()):
         return function
-    specs = lambda tree: jax.tree.map(
-        lambda axes: PartitionSpec(*(PLACES[name] or None for name in axes)), tree,
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    specs = lambda tree: jax.tree.map(_spec, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     # What is gathered is equal on all devices; the check would want to be told so.
     return jax.shard_map(function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
 
@@ -42,6 +51,10 @@ def gather(x: Array, axis: int, name: str) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     places = () if _is_single(mesh) else tuple(place for place in PLACES[name] if mesh.shape[place] > 1)
     return jax.lax.all_gather(x, places, axis=axis, tiled=True) if places else x
+
+
+def _spec(axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(PLACES[name] or None for name in axes))
 
 
 def _is_single(mesh: jax.sharding.AbstractMesh) -> bool:

@@ -18,6 +18,7 @@ from data_pipelines.batch import PackedBatch
 from irg_jax.models.autoencoder import Autoencoder
 from irg_jax.models.irg import IRG, normalize_pixels, pack_latent
 from irg_jax.models.streams import Streams
+from irg_jax.parallel.shards import Axes, deal, per_shard
 
 CE_CHUNK = 1024  # text tokens whose logits exist at once: 8,192 x 152,064 in float32 would be 5 GB
 
@@ -67,7 +68,17 @@ def encode_image(
 def encode_moments(
     vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, dtype: DTypeLike
 ) -> Float[Array, "B G Y"]:
-    """Moments of all latent tokens of a batch, image by image on a square canvas of `canvas` tokens."""
+    """Moments of all latent tokens of a batch, image by image on a square canvas of `canvas` tokens.
+
+    Every device encodes the images of its own packs.
+    """
+    encode = lambda vae, batch: _encode_share(vae, batch, config, canvas, dtype)
+    return per_shard(encode, (Axes(), Axes("packs")), Axes("packs"))(vae, batch)
+
+
+def _encode_share(
+    vae: Autoencoder, batch: PackedBatch, config: LossConfig, canvas: int, dtype: DTypeLike
+) -> Float[Array, "B G Y"]:
     packs, slots = batch.image_start.shape
     rows, columns = jnp.divmod(jnp.arange(canvas * canvas), canvas)
 
@@ -137,16 +148,16 @@ def cross_entropy(
 
 
 def token_losses(
-    model: IRG, batch: PackedBatch, flow: Flow, *, dtype: DTypeLike, remat: bool
+    model: IRG, batch: PackedBatch, flow: Flow, *, dtype: DTypeLike, remat: str
 ) -> tuple[Float[Array, "B T"], Float[Array, "B G Z"]]:
     """Per-token cross-entropy, and squared velocity error per latent value; unweighted."""
     rows = Streams(batch.text_rows, batch.vit_rows, batch.latent_rows)
-    embedded = Streams(
+    embedded = deal(Streams(
         model.embed_text(batch.text_ids, dtype),
         model.embed_vit(normalize_pixels(batch.vit_patches, dtype), batch.vit_position, batch.vit_rows,
                         remat=remat),
-        model.embed_latent(flow.noisy.astype(dtype), flow.t, batch.latent_position))
-    hidden, _ = model(embedded, rows, remat=remat)
+        model.embed_latent(flow.noisy.astype(dtype), flow.t, batch.latent_position)))
+    hidden = deal(model(embedded, rows, remat=remat)[0])
     ce = cross_entropy(model, hidden.text, batch.text_target)
     return ce, (model.velocity(hidden.latent) - flow.target) ** 2
 

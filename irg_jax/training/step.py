@@ -45,7 +45,7 @@ class StepConfig:
     canvas: int                  # side of the frozen encoder's canvas, in latent tokens
     accumulate: int = 1          # parts that a step's packs are taken in, one after the other
     dtype: str = "float32"       # of matmuls; softmax, norms, losses and optimiser stay float32
-    remat: bool = True
+    remat: str = "full"          # see `irg_jax.models.stack`
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,0 +1,60 @@
+"""The training step of a run as arguments to trace with: shapes, dtypes and shardings, and not one array."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from data_pipelines.batch import PackedBatch
+from data_pipelines.packing import empty_pack
+from irg_jax.config import TrainConfig, check_model
+from irg_jax.models.config import ModelConfig
+from irg_jax.models.functional import Functional
+from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.parallel.compiling import abstract
+from irg_jax.training.loop import check_share, place
+from irg_jax.training.losses import encode_image
+from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.step import TrainState, create_state, make_step
+
+
+class Step(NamedTuple):
+    """A traced step, and what it was traced with."""
+
+    traced: jax.stages.Traced
+    state: TrainState
+    vae: Any
+    batch: PackedBatch
+
+
+def trace_step(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh) -> Step:
+    """Traces `make_step` as the loop compiles it; images come as pixels, so the frozen encoder is inside.
+
+    Raises: ValueError if config, geometry and mesh do not fit together.
+    """
+    check_model(config.data, model)
+    check_share(config, mesh)
+    network = Functional(lambda rngs: IRG(model, rngs=rngs))
+    vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
+    optimizer = make_optimizer(config.optimizer, config.total_steps, network.shapes)
+    layout = place(network, vae, optimizer, mesh)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer), network.shapes)
+    state = abstract(state, layout.state)
+    vae_params = abstract(vae.shapes, layout.vae)
+    packs = config.data.packs_per_step
+    batch = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct((packs, *x.shape), x.dtype, sharding=where),
+                         empty_pack(config.data), layout.batch)
+    step = jax.jit(make_step(network, vae, config.step_config()), donate_argnums=0,
+                   out_shardings=(layout.state, layout.scalar))
+    with jax.set_mesh(mesh):
+        return Step(step.trace(state, vae_params, batch), state, vae_params, batch)
+
+
+def trace_encoder(config: TrainConfig, model: ModelConfig) -> jax.stages.Traced:
+    """The frozen encoder on one canvas."""
+    vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
+    canvas, values = config.data.canvas, config.data.latent_patch**2 * 3
+    pixels = jax.ShapeDtypeStruct((canvas * canvas, values), jnp.uint8)
+    side = jax.ShapeDtypeStruct((), jnp.int32)
+    encode = lambda params, *image: encode_image(vae.bind(params), *image, jnp.dtype(config.dtype))
+    return jax.jit(encode).trace(vae.shapes, pixels, side, side)

@@ -1,0 +1,95 @@
+"""What planned packs hold, against the visibility rule itself, and the work in them against a traced step."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from checkpoint_cases import CONFIG
+from data_pipelines.batch import Rows, visible
+from data_pipelines.config import DataConfig, ImageTransform, from_config_dict, load_config
+from data_pipelines.planning import Planner
+from data_pipelines.simulation import simulate
+from irg_jax.config import TrainConfig
+from irg_jax.parallel.flops import count_flops
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
+from irg_jax.training.abstract import trace_encoder, trace_step
+from irg_jax.training.planned import (
+    Planned,
+    count_pairs,
+    count_tiles,
+    lay_out,
+    model_flops,
+    plan_packs,
+)
+
+
+@pytest.fixture(scope="module")
+def config() -> DataConfig:
+    """Stage 1 with small images."""
+    data = from_config_dict(TrainConfig, load_config("configs/irgl_stage1.py")).data
+    return dataclasses.replace(data, text_tokens=2560, vit_tokens=128, latent_tokens=128, images=8,
+                               vae_transform=ImageTransform(16, 64, 32),
+                               vit_transform=ImageTransform(14, 56, 28))
+
+
+@pytest.fixture(scope="module")
+def pack(config):
+    tables = simulate(config, records=300)
+    return lay_out(Planner(config, tables)[0], config, tables)
+
+
+def joined(pack) -> Rows:
+    return Rows(*(np.concatenate(field) for field in zip(pack.text_rows, pack.vit_rows, pack.latent_rows)))
+
+
+def test_a_laid_out_pack_costs_what_was_planned(config):
+    tables = simulate(config, records=300)
+    planner = Planner(config, tables)
+    for index in range(3):
+        pack = lay_out(planner[index], config, tables)
+        used = [int(np.sum(rows.last >= 0)) for rows in (pack.text_rows, pack.vit_rows, pack.latent_rows)]
+        assert used == list(planner[index].cost[:3])
+
+
+def test_pairs_and_tiles_are_those_of_the_rule(pack):
+    rows = joined(pack)
+    seen = visible(rows, rows) & (rows.last >= 0)[:, None]
+    assert count_pairs(rows) == seen.sum() > 0
+    for tile in (64, 128):
+        tiles = seen.reshape(len(seen) // tile, tile, -1, tile).any(axis=(1, 3))
+        assert tiles.sum() <= count_tiles(rows, tile) <= 1.2 * tiles.sum()
+    assert count_tiles(rows, 1) == seen.sum()   # tiles of one pair are the pairs
+
+
+def test_plans_are_full_and_sparse(config):
+    planned = plan_packs(config, packs=3, tile=128)
+    assert 0.9 < planned.fill <= 1
+    assert 0 < planned.visible_ratio < planned.visited_ratio < 1
+    assert planned.visible_ratio == pytest.approx(planned.pairs / 2816**2, rel=1e-6)
+
+
+def test_model_flops_are_the_traced_step_without_what_is_done_twice():
+    """Slots all used and dense, no remat: only the scores are computed again, 2 of 14 operations a pair."""
+    text, vit, latent, packs = 64, 36, 25, 2
+    data = {"groups": {"initial_full": {}}, "source": "", "packs_per_step": packs, "text_tokens": text,
+            "vit_tokens": vit, "latent_tokens": latent, "images": 1, "latent_patch": 4, "vit_patch": 4,
+            "max_latent_size": 5, "vit_max_side": 6,
+            "vae_transform": {"stride": 4, "max_size": 20, "min_size": 4},
+            "vit_transform": {"stride": 4, "max_size": 24, "min_size": 4}}
+    config = from_config_dict(TrainConfig, {"stage": "s", "init_from": "", "total_steps": 1, "data": data,
+                                            "remat": "none", "mesh": {"data": 1, "fsdp": 1}})
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    traced = count_flops(trace_step(config, CONFIG, mesh).traced.jaxpr, platform="cpu")
+    image = count_flops(trace_encoder(config, CONFIG).jaxpr, platform="cpu")
+    slots = text + vit + latent
+    planned = Planned(text, vit, latent, 1.0, slots**2, vit**2, 1.0, 1.0)
+    ours = packs * model_flops(planned, CONFIG, image.total)
+    llm, encoder = CONFIG.llm, CONFIG.vit
+    again = 2.0 * packs * (llm.num_hidden_layers * llm.hidden_size * slots**2
+                           + CONFIG.num_vit_layers * encoder.hidden_size * vit**2)
+    heads = traced.total - again - ours   # logits computed again, and the small linears of the latent stream
+    assert math.isclose(traced.conv, packs * image.conv, rel_tol=1e-6)
+    assert 0 < heads < 0.25 * ours
