@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from data_pipelines.batch import Rows
-from irg_jax.kernels import blockwise, tpu
+from irg_jax.kernels import blockwise, hopper, hopper_backward, tpu
 from irg_jax.kernels.tiles import key_integers, list_work, map_tiles, pad_rows, query_integers
 
 IMPLEMENTATIONS = ("auto", "pallas", "xla")
@@ -31,22 +31,31 @@ MIN_QUERIES = 128   # a token that is decoded, or a short text, is no work for i
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sight:
-    """Who sees whom: rows of queries [B, S] and of keys [B, C], and the work of the kernel with such tiles."""
+    """Who sees whom: rows of queries [B, S] and of keys [B, C], and the work of the kernels.
+
+    That for Hopper GPUs is there if programs are compiled for them; what a program does not use, jit drops.
+    """
 
     query: Rows
     key: Rows
     work: tpu.Work
-    tile: int = dataclasses.field(default=TILE, metadata={"static": True})
+    on_hopper: hopper.Work | tuple[()] = ()
+    tile: int = dataclasses.field(default=TILE, metadata={"static": True})    # of `work`
 
 
-def look(query: Rows, key: Rows, tile: int = TILE) -> Sight:
+def look(query: Rows, key: Rows, tile: int = TILE, for_hopper: bool | None = None) -> Sight:
     """Prepares attention of queries [B, S] over keys [B, C], for any number of layers.
 
+    Args: for_hopper tells whether CUDA means a Hopper GPU; by default the devices here are asked, so that a
+        program that is lowered elsewhere takes XLA.
     Raises: ValueError if the rows have more tiles than a list of work can name.
     """
     padded = pad_rows(query, tile), pad_rows(key, tile)
     entries, count = list_work(*map_tiles(*padded, tile))
-    return Sight(query, key, tpu.Work(entries, count, query_integers(padded[0]), key_integers(padded[1])), tile)
+    work = tpu.Work(entries, count, query_integers(padded[0]), key_integers(padded[1]))
+    if for_hopper is None:
+        for_hopper = hopper.is_present()
+    return Sight(query, key, work, hopper.prepare(query, key) if for_hopper else (), tile)
 
 
 def attend(query: Float[Array, "B S N H"], key: Float[Array, "B C K H"], value: Float[Array, "B C K H"],
@@ -56,8 +65,8 @@ def attend(query: Float[Array, "B S N H"], key: Float[Array, "B C K H"], value: 
     A query that sees nothing (padding) gets zeros.
 
     Args: implementation "xla" is blocks of queries in plain XLA; "pallas" is the fused kernel, which a CPU
-        interprets (slow; for tests); "auto" is the kernel where the program is compiled for a TPU and the
-        kernel is made for its sizes, and XLA elsewhere.
+        interprets (slow; for tests); "auto" is the kernel where the program is compiled for a TPU or a Hopper
+        GPU and the kernel is made for its sizes, and XLA elsewhere.
     Raises: ValueError if there is no such implementation.
     """
     if implementation not in IMPLEMENTATIONS:
@@ -80,7 +89,8 @@ def _attend(implementation: str, query, key, value, sight: Sight):
 
 
 def _forward(implementation, query, key, value, sight: Sight):
-    out, logsum = _choose(implementation, sight, blockwise.forward, tpu.forward, query, key, value)
+    passes = blockwise.forward, tpu.forward, hopper.forward
+    out, logsum = _choose(implementation, sight, passes, query, key, value)
     out, logsum = checkpoint_name(out, ATTENDED), checkpoint_name(logsum, ATTENDED)
     return out, (query, key, value, sight, out, logsum)
 
@@ -89,19 +99,23 @@ def _backward(implementation, saved, d_out):
     query, key, value, sight, out, logsum = saved
     # What the sum of weights takes back: sum over keys of weight * d_weight, which is d_out . out.
     share = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-    d_query, d_key, d_value = _choose(implementation, sight, blockwise.backward, tpu.backward,
-                                      query, key, value, d_out, logsum, share)
+    passes = blockwise.backward, tpu.backward, hopper_backward.backward
+    d_query, d_key, d_value = _choose(implementation, sight, passes, query, key, value, d_out, logsum, share)
     return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _choose(implementation: str, sight: Sight, plain: Callable, fused: Callable, *heads: Array):
-    """One of two functions of the same arrays, by the platform that the program is compiled for."""
+def _choose(implementation: str, sight: Sight, passes: tuple[Callable, Callable, Callable], *heads: Array):
+    """One of three functions of the same arrays, by the platform that the program is compiled for."""
+    plain, for_tpu, for_hopper = passes
     by_blocks = lambda *heads: plain(*heads, sight.query, sight.key)
-    by_kernel = lambda interpret: lambda *heads: fused(*heads, sight.work, tile=sight.tile, interpret=interpret)
+    by_tpu = lambda interpret: lambda *heads: for_tpu(*heads, sight.work, tile=sight.tile, interpret=interpret)
     if implementation == "xla":
         return by_blocks(*heads)
-    return jax.lax.platform_dependent(*heads, tpu=by_kernel(False),
-                                      default=by_blocks if implementation == "auto" else by_kernel(True))
+    elsewhere = by_blocks if implementation == "auto" else by_tpu(True)
+    fits = sight.on_hopper and all(hopper.accepts(x.shape[-1], x.dtype) for x in heads[:3])
+    by_hopper = lambda *heads: for_hopper(*heads, sight.on_hopper)
+    return jax.lax.platform_dependent(*heads, tpu=by_tpu(False), cuda=by_hopper if fits else elsewhere,
+                                      default=elsewhere)

@@ -11,7 +11,7 @@ or all are (no masking). What is left is written down as one list, in order of q
 a pack and shared by all layers; the grid of a kernel runs over it, so a skipped tile costs nothing at all.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -99,6 +99,27 @@ def list_work(visited: Bool[Array, "B Q K"], full: Bool[Array, "B Q K"]
     last = jnp.take_along_axis(entries, count - 1, axis=-1)
     idle = last >> _MARKS << _MARKS | EMPTY
     return jnp.where(jnp.arange(entries.shape[1]) < count, entries, idle).astype(jnp.int32), count
+
+
+class Turns(NamedTuple):
+    """A list of work for programs that take one row of tiles each, whichever comes first.
+
+    `turns` holds the row, its first entry and how many it has (0 if it is EMPTY), the longest row first:
+    what is left for the last programs is short.
+    """
+
+    entries: Int[Array, "B 1 W"]
+    turns: Int[Array, "B 3 Q"]
+
+
+def take_turns(visited: Bool[Array, "B Q K"], full: Bool[Array, "B Q K"]) -> Turns:
+    """The same list, with where each row begins. Of the transposed map, rows are tiles of keys."""
+    entries, _ = list_work(visited, full)
+    count = visited.sum(-1, dtype=jnp.int32)
+    start = jnp.cumsum(jnp.maximum(count, 1), -1) - jnp.maximum(count, 1)
+    row = jnp.argsort(-count, axis=-1)
+    pick = lambda x: jnp.take_along_axis(x, row, axis=-1)
+    return Turns(entries[:, None], jnp.stack([row, pick(start), pick(count)], 1).astype(jnp.int32))
 
 
 def query_tile(entry):
