@@ -14,6 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from irg_jax.parallel.shards import deal
+
 Axes = tuple[str | None, ...]
 
 
@@ -35,16 +37,16 @@ def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array
     On CPUs the latter writes all of dy once more, transposed: once a quarter of the miniature's step
     (docs/performance.md).
     """
-    return x @ kernel
+    return deal(x @ kernel)
 
 
 def _matmul_backward(saved, d_y):
     x, kernel = saved
     rows = lambda x: x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return d_y @ kernel.T, rows(x).T @ rows(d_y)
+    return deal(d_y @ kernel.T), rows(x).T @ rows(d_y)
 
 
-matmul.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _matmul_backward)
+matmul.defvjp(lambda x, kernel: (deal(x @ kernel), (x, kernel)), _matmul_backward)
 
 
 class Linear(nnx.Module):

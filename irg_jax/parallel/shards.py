@@ -27,11 +27,14 @@ PLACES: dict[str | None, tuple[str, ...]] = {
 def deal(tree: Any) -> Any:
     """Activations [B, S, ...] keep lying by packs and tokens, whatever axes the weights that they meet lie on.
 
-    Without this a compiler may split features as weights are split, and hold all packs on every device.
+    Without this a compiler may split features as weights are split, and hold all packs on every device. What
+    the other dimensions do is free (`tensor`). Arrays without features are left alone.
     """
     if _is_single(jax.sharding.get_abstract_mesh()):
         return tree
-    return jax.lax.with_sharding_constraint(tree, _spec(Axes("packs", "tokens")))
+    spec = lambda x: PartitionSpec(*_spec(Axes("packs", "tokens")),
+                                   *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 2))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(x)) if x.ndim > 2 else x, tree)
 
 
 def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
