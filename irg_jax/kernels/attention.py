@@ -10,6 +10,7 @@ are computed again.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class Sight:
     query: Rows
     key: Rows
     work: tpu.Work
-    on_hopper: hopper.Work | tuple[()] = ()
+    on_hopper: Any = ()    # or hopper.Work
     tile: int = dataclasses.field(default=TILE, metadata={"static": True})    # of `work`
 
 
