@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.batch import Rows
+from irg_jax.kernels import hopper
 from irg_jax.models import joint
 from irg_jax.models.joint import KeyValue, attend_together, look_together
 from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
@@ -57,6 +58,17 @@ def test_any_mesh(config, with_past):
     with jax.set_mesh(mesh):
         split = jax.device_put(split, NamedSharding(mesh, P(BATCH_AXES, "context")))
         got = jax.jit(attend_and_back)(*split, *rest)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_work_for_hopper_gpus_is_each_devices_own(monkeypatch):
+    split, *_ = draw(seed=4)
+    wanted = jax.jit(attend_and_back)(*split, None, None)
+    monkeypatch.setattr(hopper, "is_present", lambda: True)
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    with jax.set_mesh(mesh):
+        got = jax.jit(lambda *split: attend_and_back(*split, None, None))(*split)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

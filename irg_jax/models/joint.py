@@ -35,7 +35,8 @@ _TOKENS = Axes("packs", "tokens")
 _PACKS = Axes("packs")
 # Each device has a list of work of its own, for its own queries.
 _SIGHT = Sight(query=_rows(_TOKENS), key=_rows(_PACKS),
-               work=Work(entries=_TOKENS, count=_TOKENS, query=Axes("packs", None, "tokens"), key=_PACKS))
+               work=Work(entries=_TOKENS, count=_TOKENS, query=Axes("packs", None, "tokens"), key=_PACKS),
+               on_hopper=Axes("packs", None, "tokens"))
 
 
 def look_together(streams: tuple[Rows, ...], past: Rows | None = None) -> Sight:
