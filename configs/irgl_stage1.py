@@ -19,6 +19,18 @@ GROUPS = {
     "initial_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
     "improving_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
 }
+# Mesh and packs for slices of TPUs (`irg_jax.precompile --topology`). The paper's batch is 8 packs: more of them
+# fill larger slices, and are another experiment. No parameter is split over all of a large slice, for libtpu
+# gathers such ones by an all-reduce of more than twice the bytes (docs/log.md).
+TOPOLOGIES = {
+    "v5p-16": {"mesh": {"fsdp": 8}, "packs_per_step": 8},
+    "v5p-128": {"mesh": {"data": 4, "fsdp": 16}, "packs_per_step": 64},
+    "v5p-1024": {"mesh": {"data": 32, "fsdp": 16}, "packs_per_step": 512},
+    "2xv5p-128": {"mesh": {"data": 8, "fsdp": 16}, "packs_per_step": 128},
+    "v6e-64": {"mesh": {"data": 2, "fsdp": 8, "context": 4}, "packs_per_step": 16},
+    "v6e-256": {"mesh": {"data": 4, "fsdp": 16, "context": 4}, "packs_per_step": 64},
+    "v5e-256": {"mesh": {"data": 2, "fsdp": 16, "context": 8}, "packs_per_step": 32},
+}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,15 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         "save_every": 1000,
         "loss": {"timestep_shift": 4.0, "posterior": "sample"},
         "optimizer": {"learning_rate": 2e-5, "warmup_steps": 500, "eps": 1e-15, "ema_decay": 0.995},
-        "topologies": {
-            "v5p-16": {"mesh": {"fsdp": 8}, "packs_per_step": 8},
-            "v5p-128": {"mesh": {"data": 4, "fsdp": 16}, "packs_per_step": 64},
-            "v5p-1024": {"mesh": {"data": 32, "fsdp": 16}, "packs_per_step": 512},
-            "2xv5p-128": {"mesh": {"data": 8, "fsdp": 16}, "packs_per_step": 128},
-            "v6e-64": {"mesh": {"fsdp": 16, "context": 4}, "packs_per_step": 16},
-            "v6e-256": {"mesh": {"data": 4, "fsdp": 16, "context": 4}, "packs_per_step": 64},
-            "v5e-256": {"mesh": {"data": 2, "fsdp": 16, "context": 8}, "packs_per_step": 32},
-        },
+        "topologies": TOPOLOGIES,
         "data": {
             "source": "IRGL-300K",
             "split": "",
