@@ -19,9 +19,9 @@ GROUPS = {
     "initial_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
     "improving_thinking_understanding_learning": {"weight": 0.5, "is_mandatory": False},
 }
-# Mesh and packs for slices of TPUs (`irg_jax.precompile --topology`). The paper's batch is 8 packs: more of them
-# fill larger slices, and are another experiment. No parameter is split over all of a large slice, for libtpu
-# gathers such ones by an all-reduce of more than twice the bytes (docs/log.md).
+# Mesh and packs for slices of TPUs (`irg_jax.precompile --topology`). The paper's batch is 8 packs: more of
+# them fill larger slices, and are another experiment. No parameter is split over all of a large slice, for
+# libtpu gathers such ones by an all-reduce of more than twice the bytes (docs/log.md).
 TOPOLOGIES = {
     "v5p-16": {"mesh": {"fsdp": 8}, "packs_per_step": 8},
     "v5p-128": {"mesh": {"data": 4, "fsdp": 16}, "packs_per_step": 64},
