@@ -5,8 +5,8 @@
 
 It plans packs under many budgets and prints the best for a few total sizes, then those of --tokens as
 overrides for training. Images come in few sizes, so fill jumps with the budgets: five images of 4,096
-tokens want 20,480, and none less. Budgets are multiples of 128, the tile of the attention kernels and the
-lanes of a TPU: a tile that is begun costs as much as a full one.
+tokens want 20,480, and none less. Budgets are multiples of 128, the lanes of a TPU; attention fills streams up
+to whole tiles by itself.
 """
 
 import dataclasses

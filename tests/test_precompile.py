@@ -94,6 +94,15 @@ def test_stage_1_fits_64_v5p_chips(libtpu):
     assert set(found["collective_gib"]) >= {"all-gather", "reduce-scatter"}
 
 
+def test_a_program_that_is_refused_is_reported_all_the_same(libtpu):
+    ended = precompile("--config", "configs/irgl_stage1.py", "--topology", "v6e:1x1", "--program", "generate",
+                       "--mesh", "fsdp=1")
+    assert ended.returncode == 1, ended.stderr[-2000:]
+    found = json.loads(ended.stdout[ended.stdout.index("{"):])
+    assert not found["fits"] and found["hbm_gib"] < found["peak_hbm_gib"] < 36    # weights are counted once
+    assert found["peak_hbm_gib"] == pytest.approx(found["state_gib"] + found["temp_gib"], rel=0.01)
+
+
 def test_drawing_fits_one_v5p_chip(libtpu):
     found = report("--topology", "v5p:1x1x1", "--program", "generate", "--mesh", "fsdp=1")
     assert found["chips"] == found["images"] == 1 and found["fits"] and not found["collective_gib"]

@@ -69,9 +69,10 @@ def compile_report(traced: jax.stages.Traced, arguments: Any, num_devices: int) 
             if "RESOURCE_EXHAUSTED" not in str(error) or not any(folder.glob(MEMORY_REPORT)):
                 raise
         seconds = time.monotonic() - start
-        temporaries, largest = read_memory(_read(folder, MEMORY_REPORT))
+        whole, largest = read_memory(_read(folder, MEMORY_REPORT))
         module = Module(_read(folder, "*.after_optimizations.txt"))
     kept, fresh = device_bytes(arguments), 0
+    temporaries = whole - kept
     if compiled is not None:
         memory = compiled.memory_analysis()
         kept, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -81,7 +82,7 @@ def compile_report(traced: jax.stages.Traced, arguments: Any, num_devices: int) 
 
 
 def read_memory(report: str) -> tuple[int, tuple[str, ...]]:
-    """Bytes of HBM from the compiler's own report on temporaries, and its five largest rows.
+    """Bytes of HBM, arguments counted, from the compiler's own report, and its five largest temporaries.
 
     Raises: ValueError if it has another form than that of libtpu 0.0.42.
     """

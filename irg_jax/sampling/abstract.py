@@ -44,8 +44,9 @@ def trace_draw(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.Me
     noise = array((images, tokens, model.latent_channels), jnp.float32, dealt)
     position, brackets = (array((size,), jnp.int32, replicated(mesh)) for size in (tokens, 2))
     branches, flow = Branches(contexts, contexts, contexts), config.turn2
+    # Drawing reads neither the embedding of words, nor the head, nor the ViT; they lie in memory all the same.
     draw = jax.jit(lambda params, branches, noise, position, brackets: draw_latent(
-        llm.bind(params), branches, noise, position, brackets, flow), out_shardings=dealt)
+        llm.bind(params), branches, noise, position, brackets, flow), out_shardings=dealt, keep_unused=True)
     with jax.set_mesh(mesh):
         traced = draw.trace(params, branches, noise, position, brackets)
     return Draw(traced, params, branches, 3 * (flow.num_timesteps - 1), tokens + 2)
