@@ -24,7 +24,7 @@ from absl import flags
 from data_pipelines import command
 from data_pipelines.array_records import list_shards, open_shard, read_record
 from data_pipelines.config import DataConfig, GroupConfig
-from data_pipelines.costs import CostTable, find_oversize
+from data_pipelines.costs import CostTable, count_system_tokens, find_oversize
 from data_pipelines.datasets import find_kind, make_parser
 from data_pipelines.digests import (
     DIGESTS,
@@ -232,7 +232,8 @@ def _inspect(record: Record, file: File, counts: Counter[str]) -> list[str]:
         return faults
     cost = Cost(*items[:, 1:].sum(axis=0).tolist())
     counts.update(text=cost.text, vit=cost.vit, latent=cost.latent)
-    table = CostTable(items, np.array([0, len(items)]))
+    table = CostTable(items, np.array([0, len(items)])).opened_by(count_system_tokens(
+        wish.config, file.group, open_tokenizer(wish.tokenizer)))
     return [f"{record.place}: the record fits no pack ({reason})"
             for _, reason in find_oversize(table, group=file.group, config=wish.config)]
 

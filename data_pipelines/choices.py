@@ -8,6 +8,8 @@ same items, so a planned cost is exact. A sample keeps the order of its record, 
     editing         CLEAN VIT                      image 0, where a chain may start
                     (TEXT+ NOISED CLEAN VIT)*      instructions, one of which leads to the image of the step
                     TEXT+ NOISED                   the last image, where no chain starts
+
+A system prompt before them enters always.
 """
 
 import numpy as np
@@ -34,11 +36,15 @@ def choose_many(kind: str, kinds: np.ndarray, offsets: np.ndarray, uniform: np.n
         offsets: int [R + 1]; record i has those from offsets[i] to offsets[i + 1], perhaps none.
         uniform: float [M] in [0, 1).
     """
-    if kind == "text_to_image":
-        return _one_of_each_run(kinds, uniform)
+    enters = np.ones(len(kinds), bool)
+    if kind not in ("text_to_image", "editing"):
+        return enters
+    is_own = kinds != Kind.SYSTEM
+    kinds, uniform = kinds[is_own], uniform[is_own]
+    enters[is_own] = _one_of_each_run(kinds, uniform)
     if kind == "editing":
-        return _one_of_each_run(kinds, uniform) & _chains(kinds, offsets, uniform)
-    return np.ones(len(kinds), bool)
+        enters[is_own] &= _chains(kinds, np.concatenate([[0], np.cumsum(is_own)])[offsets], uniform)
+    return enters
 
 
 def largest(kind: str, items: np.ndarray) -> np.ndarray:
@@ -50,14 +56,15 @@ def largest(kind: str, items: np.ndarray) -> np.ndarray:
     """
     if not len(items) or kind not in ("text_to_image", "editing"):
         return items[:, 1:].sum(axis=0, dtype=np.int64, keepdims=True)
-    costs = _with_longest_text(items)
+    is_own = items[:, 0] != Kind.SYSTEM
+    system, costs = items[~is_own, 1:].sum(axis=0, dtype=np.int64), _with_longest_text(items[is_own])
     if kind == "text_to_image":
-        return costs.sum(axis=0, keepdims=True)
+        return costs.sum(axis=0, keepdims=True) + system
     images = np.pad(costs, ((2, 2), (0, 0))).reshape(-1, 4, costs.shape[1])  # TEXT, NOISED, CLEAN, VIT of each
     arrive, leave = images[:, :2].sum(axis=1), images[:, 2:].sum(axis=1)
     edits = leave[:-1] + arrive[1:]
     edits[:-1] += edits[1:]  # two in a row, but for the last
-    return edits
+    return edits + system
 
 
 def _one_of_each_run(kinds: np.ndarray, uniform: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ Nothing behind this door reads a ConfigDict, so every field that exists is docum
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import os
 import types
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import ml_collections
 
 from data_pipelines.batch import PIXELS_PER_TOKEN
+from data_pipelines.system_prompts import load_system_prompt
 
 T = TypeVar("T")
 
@@ -54,6 +56,7 @@ class GroupConfig:
     folder: str = ""            # below <source>/<split>; empty: the name
     vae_transform: ImageTransform | None = None  # instead of the mixture's
     vit_transform: ImageTransform | None = None
+    system_prompt: str | None = None
 
     def __post_init__(self):
         if self.weight < 0 or (self.weight == 0 and not self.is_mandatory):
@@ -89,6 +92,7 @@ class DataConfig:
     max_latent_size: int = 64          # side of the latent position table, in tokens
     vit_max_side: int = 70             # side of the ViT position table, in patches
 
+    system_prompt: str = ""            # text, or @file, that opens every sample; for records without one
     text_dropout: float = 0.0          # probability that a text vanishes (loss-bearing text too)
     vit_dropout: float = 0.0           # probability that a ViT condition is dropped
     vae_dropout: float = 0.3           # probability that a clean VAE condition is dropped
@@ -136,6 +140,17 @@ class DataConfig:
         """Side of the square, in latent tokens, that holds any VAE image of the mixture."""
         transforms = [group.vae_transform or self.vae_transform for group in self.groups]
         return max(transform.max_size for transform in transforms) // self.latent_patch
+
+    def system_prompt_of(self, group: GroupConfig) -> str:
+        """The text that opens every sample of a group. Raises: ValueError if its file cannot be read."""
+        field = self.system_prompt if group.system_prompt is None else group.system_prompt
+        if field not in self._system_prompts:
+            self._system_prompts[field] = load_system_prompt(field)
+        return self._system_prompts[field]
+
+    @functools.cached_property
+    def _system_prompts(self) -> dict[str, str]:
+        return {}  # by field; a file is read once, and travels to worker processes as it was then
 
 
 def load_config(path: str, *, overrides: Mapping[str, Any] | None = None) -> Any:

@@ -22,7 +22,8 @@ from data_pipelines.choices import largest
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.datasets import Source
 from data_pipelines.faults import BadRecords, Fault
-from data_pipelines.samples import Cost, measure
+from data_pipelines.records import Kind
+from data_pipelines.samples import BRACKETS, Cost, measure
 from data_pipelines.stored_costs import describe_costs
 from data_pipelines.tokenizer import Tokenizer
 
@@ -54,6 +55,17 @@ class CostTable(NamedTuple):
         items = self.items[np.repeat(is_left, counts)]
         return CostTable(items, np.concatenate([[0], np.cumsum(counts * is_left)]), self.bad, reasons)
 
+    def opened_by(self, tokens: int) -> "CostTable":
+        """The same records, each opened by a system prompt of so many tokens, brackets included; none if 0."""
+        if not tokens:
+            return self
+        counts = np.diff(self.offsets)
+        has_items = counts > 0
+        row = np.array((Kind.SYSTEM, tokens, 0, 0, 0), np.int32)
+        items = np.insert(self.items, self.offsets[:-1][has_items], row, axis=0)
+        offsets = np.concatenate([[0], np.cumsum(counts + has_items)])
+        return CostTable(items, offsets, self.bad, self.oversize)
+
 
 def budget(config: DataConfig) -> Cost:
     """What one pack holds."""
@@ -83,10 +95,23 @@ def read_costs(source: Source, *, group: GroupConfig, config: DataConfig, tokeni
 
 def measure_costs(source: Source, *, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
                   bad: BadRecords) -> CostTable:
-    """The costs of all records that can be read, whatever a pack holds.
+    """The costs of all records that can be read, whatever a pack holds, system prompts included.
 
     Raises: ValueError if more records than allowed are bad.
     """
+    # Kept costs are the records' own, so another system prompt needs no other table.
+    table = _read_or_measure(source, group, config, tokenizer, bad)
+    return table.opened_by(count_system_tokens(config, group, tokenizer))
+
+
+def count_system_tokens(config: DataConfig, group: GroupConfig, tokenizer: Tokenizer) -> int:
+    """Tokens of a group's system prompt with both brackets; 0 without one."""
+    prompt = config.system_prompt_of(group)
+    return len(tokenizer.encode(prompt)) + BRACKETS if prompt else 0
+
+
+def _read_or_measure(source: Source, group: GroupConfig, config: DataConfig, tokenizer: Tokenizer,
+                     bad: BadRecords) -> CostTable:
     key = describe_costs(config, group, tokenizer)
     stored = source.stored_costs(key) if hasattr(source, "stored_costs") else None
     if stored:

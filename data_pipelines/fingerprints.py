@@ -26,6 +26,11 @@ def describe_data(config: DataConfig, tokenizer: Tokenizer, tables: Mapping[str,
     fields = {name: value for name, value in asdict(config).items() if name not in _READING}
     fields["moments"] = bool(config.moments)  # wherever they are; their manifest names the data
     fields["groups"] = {group.pop("name"): group for group in fields["groups"]}
+    del fields["system_prompt"]
+    for group in config.groups:  # by their words: a file may move
+        del fields["groups"][group.name]["system_prompt"]
+        if prompt := config.system_prompt_of(group):
+            fields["groups"][group.name]["system_prompt"] = _digest(prompt.encode())
     data = {name: _digest(digests[name].encode(), table.items.tobytes(), table.offsets.tobytes())
             for name, table in tables.items()}
     return _flatten({"tokenizer": _digest(tokenizer.fingerprint.encode()), "data": data, "config": fields})

@@ -33,6 +33,7 @@ from data_pipelines.packing import assemble, empty_pack
 from data_pipelines.planning import Entry, Planner
 from data_pipelines.samples import Cost, Item, realise
 from data_pipelines.staging import stage_mixture
+from data_pipelines.system_prompts import name_system_prompt
 from data_pipelines.tokenizer import Tokenizer
 from data_pipelines.workers import explain_death, prefetch
 
@@ -282,8 +283,13 @@ def make_iterator(config: DataConfig, tokenizer: Tokenizer, *, start: int = 0,
 
     With `stage_dir`, the data set is copied there first, see `staging`.
 
-    Raises: ValueError if packs_per_step does not divide by process_count, or if the data are bad.
+    Raises: ValueError if packs_per_step does not divide by process_count, the file of a system prompt cannot
+        be read, or the data are bad.
     """
+    for group in config.groups:
+        if prompt := config.system_prompt_of(group):
+            logging.info("system prompt of group %s: %s (%d characters)", group.name,
+                         name_system_prompt(prompt) or "own wording", len(prompt))
     if config.stage_dir:
         config = replace(config, source=str(stage_mixture(config)))
     packs = Packs(config, tokenizer, keep_journal=process_index == 0)

@@ -24,6 +24,7 @@ class Kind(enum.IntEnum):
     VIT = 1
     CLEAN = 2   # a VAE image as a condition
     NOISED = 3  # a VAE image to learn
+    SYSTEM = 4  # the system prompt, a text that opens the sample and is never dropped
 
 
 class TextPart(NamedTuple):

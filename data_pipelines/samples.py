@@ -76,8 +76,10 @@ class Draws(NamedTuple):
     timestep: np.ndarray  # float32 [items], N(0, 1)
 
 
-def unfold(record: Record) -> Iterator[tuple[Kind, TextPart | ImagePart]]:
+def unfold(record: Record, system_prompt: str = "") -> Iterator[tuple[Kind, TextPart | ImagePart]]:
     """The candidates of a record, before choice and dropout, in the original's order."""
+    if system_prompt:
+        yield Kind.SYSTEM, TextPart(system_prompt, False, f"{record.place}, system prompt")
     for part in record.parts:
         if isinstance(part, TextPart):
             yield Kind.TEXT, part
@@ -99,6 +101,8 @@ def check_flags(part: TextPart | ImagePart) -> None:
 
 def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: GroupConfig) -> np.ndarray:
     """int32 [items, 5]: kind and the four fields of `Cost`, from texts and image headers alone.
+
+    Without the system prompt, which is not the record's.
 
     Raises: ValueError naming the part whose image cannot be read, outgrows its position table or enters
         nowhere.
@@ -128,7 +132,8 @@ def draw(kinds: np.ndarray, config: DataConfig, *, group: GroupConfig, epoch: in
 
     Args:
         kinds: int [candidates], the record's `Kind` codes.
-    Every text is droppable, loss-bearing or not; an image that is learned never is.
+    Every text of a record is droppable, loss-bearing or not; an image that is learned never is, nor the
+    system prompt: the contexts that guidance compares with hold it too.
     Source: `enable_cfg` and `timestep` in BAGEL's data/dataset_base.py.
     """
     block, lane = divmod(index, BLOCK)
@@ -172,7 +177,7 @@ def _generator(purpose: int, config: DataConfig, group: GroupConfig, epoch: int,
 
 def _dropout(config: DataConfig) -> np.ndarray:
     """The probability that an item is dropped, by `Kind`."""
-    return np.array((config.text_dropout, config.vit_dropout, config.vae_dropout, 0.0))
+    return np.array((config.text_dropout, config.vit_dropout, config.vae_dropout, 0.0, 0.0))
 
 
 def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokenizer, *,
@@ -180,16 +185,21 @@ def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokeniz
     """The sample itself: texts encoded, images decoded and resized, dropped items gone or gaps.
 
     Args: moments of the record's VAE images by the place of their part, instead of pixels.
-    Raises: ValueError naming the part whose image does not decode.
+    Raises: ValueError naming the part whose image does not decode, or a record that already opens with the
+        system prompt.
     """
+    prompt = config.system_prompt_of(group)
+    if prompt and record.parts and prompt == getattr(record.parts[0], "text", None):
+        raise ValueError(f"{record.place}: the record opens with the system prompt itself; leave system_prompt "
+                         "empty, or it would stand there twice")
     items: list[Item] = []
     decoded: dict[str, np.ndarray] = {}  # a part that enters as VAE and ViT is decoded once
-    candidates, num_images = list(unfold(record)), _sharers(record, group)
+    candidates, num_images = list(unfold(record, prompt)), _sharers(record, group)
     for index, keep, timestep in zip(*draws, strict=True):
         kind, part = candidates[index]
         noised = kind == Kind.NOISED
         timestep = float(timestep) if noised else -np.inf
-        if kind == Kind.TEXT:
+        if kind in (Kind.TEXT, Kind.SYSTEM):
             if keep:
                 items.append(Text(tokenizer.encode(part.text), part.need_loss))
         elif not keep:

@@ -4,7 +4,8 @@ The assumption, chosen so that a text-to-image turn has about 4.4k tokens and an
 13.8k (4,098 clean + 4,902 ViT + 4,098 noised + text), as estimated for the paper's records:
 
 - Texts are log-normal, in tokens with both brackets: prompt 60, question 30, first thinking 230,
-  second thinking 400 on average.
+  second thinking 400 on average. A system prompt, where the config has one, has a token for four
+  characters.
 - The first image of an improving record is the base model's, 1024 x 1024. Any other image is a
   target: four of five are 1024 x 1024, the rest 1536 x 1024 or 1024 x 1536, the sizes of GPT-4o.
 - The six modes have the same number of records; how many they really have was not published.
@@ -26,6 +27,7 @@ from data_pipelines.samples import BRACKETS, Cost, Kind, image_rule
 SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))  # pixels, width and height
 SHARES = (0.8, 0.1, 0.1)                            # of the targets
 RECORDS = 50_000                                    # of each mode
+CHARACTERS = 4                                      # of a system prompt in a token
 
 
 class _Length(NamedTuple):
@@ -74,7 +76,8 @@ def _simulate_group(config: DataConfig, group: GroupConfig, records: int) -> Cos
             columns += [_image_costs(kind, config, group)[size] for kind in part[1]]
     items = np.stack(columns, axis=1).astype(np.int32)  # [records, items, 5]
     offsets = np.arange(records + 1, dtype=np.int64) * items.shape[1]
-    return CostTable(items.reshape(-1, items.shape[2]), offsets)
+    tokens = -(-len(config.system_prompt_of(group)) // CHARACTERS) + BRACKETS
+    return CostTable(items.reshape(-1, items.shape[2]), offsets).opened_by(tokens if tokens > BRACKETS else 0)
 
 
 def _text(length: _Length, records: int, rng: np.random.Generator) -> np.ndarray:

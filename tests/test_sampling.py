@@ -9,13 +9,7 @@ import pytest
 from data_pipelines.batch import INF
 from data_pipelines.config import ImageTransform, from_config_dict, load_config
 from data_pipelines.shapes.language import SYSTEM_PROMPT
-from irg_jax.sampling.config import (
-    FlowConfig,
-    SamplingConfig,
-    TextConfig,
-    load_system_prompt,
-    name_system_prompt,
-)
+from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 from irg_jax.sampling.trajectory import Generator
 from sampling_cases import SETTINGS, distance, make_model
 
@@ -134,7 +128,7 @@ def test_sizes_that_the_model_cannot_draw_are_refused(generator):
             Generator(make_model(), dataclasses.replace(SETTINGS, **transform))
 
 
-def test_settings_are_checked_at_the_door(tmp_path):
+def test_settings_are_checked_at_the_door():
     for cls, fields in ((FlowConfig, {"num_timesteps": 1}), (FlowConfig, {"timestep_shift": 0.0}),
                         (FlowConfig, {"cfg_renorm_min": 2.0}), (TextConfig, {"max_length": 0}),
                         (TextConfig, {"temperature": 0.0}), (SamplingConfig, {"num_turns": 0})):
@@ -142,12 +136,6 @@ def test_settings_are_checked_at_the_door(tmp_path):
             cls(**fields)
     with pytest.raises(ValueError, match="turn1.cfg_txt_scale.*cfg_text_scale"):
         from_config_dict(SamplingConfig, {"turn1": {"cfg_txt_scale": 2.0}})
-    path = tmp_path / "system.txt"
-    path.write_bytes(b"look again\n")
-    assert load_system_prompt(f"@{path}") == "look again\n" and load_system_prompt("hi") == "hi"
-    with pytest.raises(ValueError, match="nowhere.txt"):
-        load_system_prompt("@nowhere.txt")
-    assert name_system_prompt("look again") is None
 
 
 @pytest.mark.parametrize("size", ["full", "quick"])

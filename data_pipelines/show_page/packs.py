@@ -24,7 +24,7 @@ MAX_ITEM_CHARS = 160
 MAX_FAULTS, MAX_FAULT_CHARS = 5, 500
 COLORS = {             # of keys in a raster; the same as in the style sheet
     Kind.TEXT: (127, 143, 163), Kind.VIT: (150, 112, 190), Kind.CLEAN: (63, 143, 152),
-    Kind.NOISED: (214, 110, 62)}
+    Kind.NOISED: (214, 110, 62), Kind.SYSTEM: (127, 143, 163)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,9 @@ def _name(entry: Entry | None, replaced: set[str]) -> tuple[str, str]:
 
 def _plan(packs: Packs, entry: Entry) -> list[Planned]:
     rows, draws = packs.tables[entry.group].record(entry.index), packs.planner.draws(entry)
-    return [Planned(Kind(rows[i, 0]), int(rows[i, 1:4].sum()), bool(keep))
+    # In a pack a system prompt is a text like any other.
+    kinds = np.where(rows[:, 0] == Kind.SYSTEM, Kind.TEXT, rows[:, 0])
+    return [Planned(Kind(kinds[i]), int(rows[i, 1:4].sum()), bool(keep))
             for i, keep in zip(draws.chosen, draws.keep)]
 
 

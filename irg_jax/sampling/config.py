@@ -1,17 +1,9 @@
 """How to draw: the settings of a trajectory. Defaults are IRG's published ones."""
 
 import dataclasses
-import hashlib
-import pathlib
 from typing import Literal
 
 from data_pipelines.config import ImageTransform
-
-KNOWN_SYSTEM_PROMPTS = {  # sha256 of the exact texts that released weights were trained with
-    "19ea075c43989cff7492cee55942e987e3f5cd84dab21db0b024d6d638323871": "IRG generation",
-    "837914a3f5f8ec1be30d2fdb68f4e494a3d4767056100a113c4109af5367d390": "BAGEL generation",
-    "5eff00888fdf6b912c3f9a80711933dd35cdd164d167cba6b2a5889c04d7b565": "BAGEL understanding",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +71,3 @@ class SamplingConfig:
     def flow(self, turn: int) -> FlowConfig:
         """The settings of a turn, counted from 0."""
         return self.turn1 if turn == 0 else self.turn2
-
-
-def load_system_prompt(text: str) -> str:
-    """The system prompt itself; "@file" names a UTF-8 file that holds it, to the last character.
-
-    Raises: ValueError if the file cannot be read.
-    """
-    if not text.startswith("@"):
-        return text
-    try:
-        return pathlib.Path(text[1:]).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"system_prompt {text!r}: the file cannot be read as text ({error})"
-                         ) from error
-
-
-def name_system_prompt(text: str) -> str | None:
-    """Which of the three published system prompts a text is; None for any other."""
-    return KNOWN_SYSTEM_PROMPTS.get(hashlib.sha256(text.encode("utf-8")).hexdigest())

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import jax
 
+from data_pipelines.system_prompts import load_system_prompt, name_system_prompt
 from irg_jax.checkpoints.model import Model, load_model
 from irg_jax.checkpoints.store import digest
-from irg_jax.sampling.config import SamplingConfig, load_system_prompt, name_system_prompt
+from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.trajectory import Generator
 
 T = TypeVar("T")

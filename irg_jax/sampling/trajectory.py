@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.images import grid_position, patchify, resize
+from data_pipelines.system_prompts import load_system_prompt
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Params
 from irg_jax.sampling import cache, programs
 from irg_jax.sampling.cache import Context
-from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig, load_system_prompt
+from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 from irg_jax.sampling.flow import Branches
 from irg_jax.sampling.text import Written
 

@@ -66,7 +66,7 @@ def lay_out(pack: Pack, config: DataConfig, tables: dict[str, CostTable]) -> Pac
 
 def _item(row: np.ndarray, keep: bool, config: DataConfig) -> Item | None:
     kind, text, vit, latent, _ = row.tolist()
-    if kind == Kind.TEXT:
+    if kind in (Kind.TEXT, Kind.SYSTEM):
         return Text([0] * (text - 2), loss=False) if keep else None
     if not keep:
         return Gap()
