@@ -25,7 +25,7 @@ def draw(seed: int):
     rows = Rows(*(row[:, shuffled] for row in random_rows(rng, 2, whole)))
     streams = lambda x: tuple(np.split(x[:, PAST:], np.cumsum(LENGTHS)[:-1], axis=1))
     heads = lambda count: streams(rng.normal(size=(2, whole, count, 8)).astype(np.float32))
-    past = KeyValue(*rng.normal(size=(2, 2, PAST, KEY_HEADS, 8)).astype(np.float32))
+    past = KeyValue(*rng.normal(size=(2, 2, KEY_HEADS, PAST, 8)).astype(np.float32))
     return ((heads(HEADS), heads(KEY_HEADS), heads(KEY_HEADS), heads(HEADS), tuple(map(lambda x: Rows(*x), zip(
         *map(streams, rows))))), past, Rows(*(row[:, :PAST] for row in rows)))
 

@@ -77,7 +77,7 @@ class Layer(nnx.Module):
         query, key, value = zip(*projected)
         attended = attend_together(query, key, value, sight, past, heads="heads")
         x = Streams(*(expert.finish(h, a) for expert, h, a in zip(experts, x, attended)))
-        return x, KeyValue(join(key), join(value))
+        return x, KeyValue.of(join(key), join(value))
 
 
 class Decoder(nnx.Module):
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
                  remat: str = "none") -> tuple[Streams, KeyValue | None]:
         """Streams of embeddings [B S D] and of `Rows` -> normed hidden states and, if `keep`, new keys.
 
-        New keys and values are [L, B, T + V + G, K, H], in stream order, for the caller to append.
+        New keys and values are [L, B, K, T + V + G, H], in stream order, for the caller to append.
         """
         config = self.config
         angles = Streams(*(rotary_angles(r.rope, config.head_dim, config.rope_theta) for r in rows))

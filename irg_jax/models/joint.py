@@ -10,6 +10,7 @@ Axes: B packs, S or _ tokens of a stream, C past tokens, N heads, K key-value he
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 from data_pipelines.batch import Rows
@@ -21,10 +22,17 @@ from irg_jax.parallel.shards import Axes, gather, per_shard
 
 
 class KeyValue(NamedTuple):
-    """Rotated keys and values of tokens: [L, B, C, K, H] each (without L inside a layer)."""
+    """Rotated keys and values of tokens: [L, B, K, C, H] each (without L inside a layer).
 
-    key: Float[Array, "*L B C K H"]
-    value: Float[Array, "*L B C K H"]
+    Heads come before tokens, as attention takes them: otherwise a program that draws after a context copies it.
+    """
+
+    key: Float[Array, "*L B K C H"]
+    value: Float[Array, "*L B K C H"]
+
+    @classmethod
+    def of(cls, key: Float[Array, "B C K H"], value: Float[Array, "B C K H"]) -> "KeyValue":
+        return cls(*(rearrange(x, "b c k h -> b k c h") for x in (key, value)))
 
 
 def _rows(axes: Axes) -> Rows:
@@ -56,10 +64,11 @@ def attend_together(query: tuple[Float[Array, "B _ N H"], ...], key: tuple[Float
         whole = [pad_axis(x, 1, _tile(x)) for x in query]
         keys = [gather(join([pad_axis(x, 1, _tile(x)) for x in parts]), 1, "tokens") for parts in (key, value)]
         if past is not None:
+            past = [rearrange(x, "b k c h -> b c k h") for x in past]
             keys = [join((old.astype(new.dtype), new)) for old, new in zip(past, keys)]
         attended = split(attend(join(whole), *keys, sight), whole)
         return tuple(out[:, :x.shape[1]] for out, x in zip(attended, query))
-    of_tokens, of_past = Axes("packs", "tokens", heads), Axes("packs", None, heads)
+    of_tokens, of_past = Axes("packs", "tokens", heads), Axes("packs", heads)
     return per_shard(local, (of_tokens, of_tokens, of_tokens, _SIGHT, of_past), of_tokens)(
         query, key, value, sight, past)
 

@@ -150,12 +150,16 @@ def _traffic(module: Module, instruction: Instruction, block: dict[str, Instruct
     if instruction.op == "dynamic-update-slice":
         return 2 * size(block[instruction.operands[1]])
     inside = module.computations[instruction.called[0]] if instruction.op == "fusion" else {}
-    read = sum(_read(inside, index, size(block[name])) for index, name in enumerate(instruction.operands))
+    read = sum(_read(module, inside, index, size(block[name]))
+               for index, name in enumerate(instruction.operands))
     return read + _written(inside, size(instruction))
 
 
-def _read(inside: dict[str, Instruction], index: int, whole: float) -> float:
-    """Bytes of a fusion's operand that are read: slices of it, if nothing but slices is taken of it."""
+def _read(module: Module, inside: dict[str, Instruction], index: int, whole: float) -> float:
+    """Bytes of a fusion's operand that are read: slices of it, if nothing but slices is taken of it.
+
+    Fusions may lie in one another.
+    """
     parameter = next((each.name for each in inside.values()
                       if each.op == "parameter" and each.arguments == str(index)), None)
     users = [each for each in inside.values() if parameter in each.operands]
@@ -164,6 +168,10 @@ def _read(inside: dict[str, Instruction], index: int, whole: float) -> float:
     def part(user):
         if user.op in ("dynamic-slice", "slice", "gather"):
             return user.size
+        if user.op == "fusion":
+            within = module.computations[user.called[0]]
+            return sum(_read(module, within, place, whole)
+                       for place, name in enumerate(user.operands) if name == parameter)
         return 0.0 if user.op == "dynamic-update-slice" and user.operands[0] == parameter else math.inf
     return min(whole, sum(map(part, users)))
 

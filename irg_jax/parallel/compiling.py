@@ -87,9 +87,11 @@ def read_memory(report: str) -> tuple[int, tuple[str, ...]]:
     Raises: ValueError if it has another form than that of libtpu 0.0.42.
     """
     total = re.search(r"Total bytes: (\d+)", report)
-    rows = re.findall(r"^ *[\d.]+\w+\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; (.*)$", report, re.MULTILINE)
     if total is None:
         raise ValueError(f"the compiler's memory report cannot be read: {report[:200]!r}")
+    blocks = [re.findall(r"^ *[\d.]+\w+\( *\d+%\); +([\d.]+\w+); +\d+; +\d+; (.*)$", block, re.MULTILINE)
+              for block in report.split("cumulative_size;")]
+    rows = max(blocks, key=len)    # of a program that fits, each argument has a block of its own
     return int(total[1]), tuple(f"{size}: {shapes[:120]}" for size, shapes in rows[:5])
 
 

@@ -55,7 +55,7 @@ def trace_draw(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.Me
 def context_shardings(contexts: Context, mesh: jax.sharding.Mesh) -> Context:
     """Contexts are dealt like packs, and their heads over `tensor`."""
     dealt = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    heads = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None, "tensor"))
+    heads = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "tensor"))
     rest = jax.tree.map(lambda x: dealt if x.ndim else replicated(mesh), contexts)
     return rest._replace(kv=jax.tree.map(lambda _: heads, contexts.kv))
 
@@ -64,10 +64,26 @@ def describe(draw: Draw, report: Report, topology: Topology, mesh: jax.sharding.
              ) -> dict[str, Any]:
     """Everything that `irg_jax.precompile` prints of a drawing; nothing in it is computed twice."""
     executed = count_flops(draw.traced.jaxpr)
-    return rounded({
+    result = rounded({
         "program": "generate", "topology": topology.name, "chips": topology.num_chips,
         "mesh": dict(mesh.shape), "params": sum(math.prod(x.shape) for x in jax.tree.leaves(draw.params)),
         "images": images, "context_tokens": draw.branches.main.capacity, "passes": draw.passes,
         "tokens_per_step": images * draw.passes * draw.tokens,
         "state_gib": device_bytes((draw.params, draw.branches)) / GIB,
         **summarize(report, topology, executed.total, executed)})
+    return result | {"advice": advise(result)}
+
+
+def advise(result: dict[str, Any]) -> list[str]:
+    """What to change if the drawing does not fit; a sentence each."""
+    if result["fits"]:
+        return []
+    over, mesh, images = result["peak_hbm_gib"] - result["hbm_gib"], result["mesh"], result["images"]
+    lines = [f"a chip lacks {over:.1f} GiB: {result['state_gib']:.1f} GiB of weights and contexts and "
+             f"{result['temp_gib']:.1f} of temporaries"]
+    if mesh["tensor"] < 4:
+        lines.append(f"split the weights more ways: --mesh fsdp={mesh['fsdp']},tensor={2 * mesh['tensor']}, on "
+                     f"twice the chips, draws as many images at once ({images}); more fsdp draws more of them")
+    lines.append(f"a context of {result['context_tokens']} tokens may be longer than the trajectory needs: "
+                 "--context; two turns at 1024 x 1024 have about 10,000")
+    return lines

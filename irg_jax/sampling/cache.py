@@ -25,7 +25,7 @@ from irg_jax.models.streams import Streams, join_rows
 class Context(NamedTuple):
     """B contexts of capacity C; the model computes in the dtype of `kv`."""
 
-    kv: KeyValue                   # [L, B, C, K, H] each
+    kv: KeyValue                   # [L, B, K, C, H] each
     rows: Rows                     # [B, C] each
     next_order: Int[Array, "B"]    # of the next token
     next_rope: Int[Array, "B"]     # position id of the next block
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 def make_empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Context:
     """Contexts that hold nothing."""
     llm = config.llm
-    shape = (llm.num_hidden_layers, batch, capacity, llm.num_key_value_heads, llm.head_dim)
+    shape = (llm.num_hidden_layers, batch, llm.num_key_value_heads, capacity, llm.head_dim)
     zeros = jnp.zeros((batch,), jnp.int32)
     rows = jax.tree.map(jnp.asarray, padding_rows((batch, capacity)))
     kv = KeyValue(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
@@ -58,7 +58,7 @@ def enlarge(context: Context, capacity: int) -> Context:
     batch, old = context.rows.order.shape
     if capacity <= old:
         return context
-    pad = ((0, 0), (0, 0), (0, capacity - old), (0, 0), (0, 0))
+    pad = ((0, 0), (0, 0), (0, 0), (0, capacity - old), (0, 0))
     rows = zip(context.rows, padding_rows((batch, capacity - old)))
     return context._replace(kv=KeyValue(*(jnp.pad(part, pad) for part in context.kv)),
                             rows=Rows(*(jnp.concatenate(pair, axis=1) for pair in rows)))
@@ -69,16 +69,6 @@ def repeat(context: Context, batch: int) -> Context:
     kv, rest = context.kv, (context.rows, context.next_order, context.next_rope)
     rest = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), rest)
     return Context(KeyValue(*(jnp.repeat(x, batch, axis=1) for x in kv)), *rest, context.length)
-
-
-def join(contexts: tuple[Context, ...]) -> Context:
-    """Batches of contexts as one batch, at the largest capacity. Full: nothing can be appended."""
-    capacity = max(context.capacity for context in contexts)
-    contexts = [enlarge(context, capacity) for context in contexts]
-    kv = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(c.kv for c in contexts))
-    rest = jax.tree.map(lambda *x: jnp.concatenate(x),
-                        *((c.rows, c.next_order, c.next_rope) for c in contexts))
-    return Context(kv, *rest, capacity)
 
 
 def append_text(model: IRG, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
@@ -168,7 +158,7 @@ def _append(model, context: Context, text: Part, **inside: Part) -> tuple[Contex
     write = lambda axis: lambda old, new: jax.lax.dynamic_update_slice_in_dim(
         old, new.astype(old.dtype), context.length, axis)
     new_rows = join_rows(rows)
-    return context._replace(kv=jax.tree.map(write(2), context.kv, new),
+    return context._replace(kv=jax.tree.map(write(3), context.kv, new),
                             rows=jax.tree.map(write(1), context.rows, new_rows),
                             length=context.length + new_rows.order.shape[1]), hidden
 

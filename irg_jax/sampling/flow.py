@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from irg_jax.models.irg import IRG
-from irg_jax.sampling.cache import Context, join, predict_velocity
+from irg_jax.sampling.cache import Context, predict_velocity
 from irg_jax.sampling.config import FlowConfig
 
 Velocity = Float[Array, "B G C"]
@@ -39,8 +39,8 @@ def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
                 ) -> Float[Array, "B G C"]:
     """The latent at t = 0, in float32, after `num_timesteps - 1` Euler steps from `noise`.
 
-    Only the branches that a step needs are run, as one batch: which these are is known before
-    compiling, so the steps fall into a few scans, guided or not.
+    Only the branches that a step needs are run, one after the other: a batch of them would be a second copy of
+    all contexts. Which these are is known before compiling, so the steps fall into a few scans, guided or not.
     """
     times = timesteps(config)
     low, high = np.float32(config.cfg_interval)
@@ -48,14 +48,12 @@ def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
     guides = (branches.cfg_text, branches.cfg_img)[:1 + (config.cfg_img_scale > 1)]
     latent, start = noise.astype(jnp.float32), 0
     for guided, run in itertools.groupby(is_guided):
-        context = join((branches.main, *guides)) if guided else branches.main
-        copies = 1 + len(guides) if guided else 1
+        contexts = (branches.main, *guides) if guided else (branches.main,)
 
-        def step(latent, time_and_next, context=context, copies=copies):
+        def step(latent, time_and_next, contexts=contexts):
             time, following = time_and_next
-            velocity = predict_velocity(model, context, brackets, jnp.tile(latent, (copies, 1, 1)),
-                                        time, position)
-            velocity = guide(jnp.split(velocity, copies), config)
+            velocity = guide([predict_velocity(model, context, brackets, latent, time, position)
+                              for context in contexts], config)
             return latent - velocity * (time - following), None
         stop = start + len(list(run))
         latent, _ = jax.lax.scan(step, latent, (times[start:stop], times[start + 1:stop + 1]))
