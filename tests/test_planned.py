@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.train_step import official_flops
 from checkpoint_cases import CONFIG
 from data_pipelines.batch import Rows, visible
 from data_pipelines.config import DataConfig, ImageTransform, from_config_dict, load_config
 from data_pipelines.planning import Planner
 from data_pipelines.simulation import simulate
 from irg_jax.config import TrainConfig
+from irg_jax.models.config import LLMConfig
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.training.abstract import trace_encoder, trace_step
@@ -52,6 +54,22 @@ def test_a_laid_out_pack_costs_what_was_planned(config):
         pack = lay_out(planner[index], config, tables)
         used = [int(np.sum(rows.last >= 0)) for rows in (pack.text_rows, pack.vit_rows, pack.latent_rows)]
         assert used == list(planner[index].cost[:3])
+
+
+def test_bagels_own_formula(config, pack):
+    """6 (layers + embedding + head) a token and 12 a pair of a sample, dense: the MFU of the original."""
+    tables = simulate(config, records=300)
+    planner = Planner(config, tables)
+    sizes = []
+    for entry in planner[0].entries:
+        draws = planner.draws(entry)
+        sizes.append(int(tables[entry.group].record(entry.index)[draws.chosen[draws.keep], 1:4].sum()))
+    layer = 48 * (48 + 2 * 24 + 48) + 3 * 48 * 96    # q, k and v, o; three of the MLP
+    llm = LLMConfig(vocab_size=100, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+                    num_attention_heads=6, num_key_value_heads=3)
+    wanted = (6 * (2 * layer + 2 * 100 * 48) * sum(sizes)
+              + 12 * 2 * 48 * sum(size**2 for size in sizes))
+    assert official_flops(pack, dataclasses.replace(CONFIG, llm=llm)) == wanted
 
 
 def test_pairs_and_tiles_are_those_of_the_rule(pack):
