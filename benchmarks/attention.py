@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import flex, machine
 from data_pipelines import command
 from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.config import DataConfig, from_config_dict, load_config
@@ -89,14 +89,20 @@ def time_attention(function, heads: list[jax.Array], pairs: float) -> dict[str, 
     """Milliseconds and useful TFLOP/s of attention and of its backward pass alone."""
     whole = jax.jit(lambda *heads: jax.vjp(function, *heads)[1](heads[0]))
     forward = seconds_of(jax.jit(function), *heads)
-    backward = seconds_of(whole, *heads) - forward
+    return rates(forward, seconds_of(whole, *heads) - forward, pairs)
+
+
+def rates(forward: float, backward: float, pairs: float) -> dict[str, float]:
     work = 1e-12 * HEADS * SIZE * pairs
     return {"forward_ms": round(1e3 * forward, 2), "backward_ms": round(1e3 * backward, 2),
             "forward_tflops": round(4 * work / forward, 1), "backward_tflops": round(10 * work / backward, 1)}
 
 
 def measure_speed(pack: PackedBatch) -> dict[str, Any]:
-    """Each implementation over one pack, cuDNN over as many tokens of one causal sequence, one matmul."""
+    """Each implementation over one pack, cuDNN over as many tokens of one causal sequence, one matmul.
+
+    Where torch sees a GPU, its FlexAttention runs under the same rule, and its results are compared with ours.
+    """
     rows = of_llm(pack)
     pairs, slots = count_pairs(rows), rows.order.size
     keys = jax.random.split(jax.random.key(0), 3)
@@ -108,8 +114,14 @@ def measure_speed(pack: PackedBatch) -> dict[str, Any]:
     if jax.default_backend() == "gpu":
         causal = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
         cases["cudnn_causal"] = (causal, slots * (slots + 1) / 2)
-    return {"matmul_tflops": round(matmul_tflops(), 1),
-            **{name: time_attention(function, heads, work) for name, (function, work) in cases.items()}}
+    result = {"matmul_tflops": round(matmul_tflops(), 1),
+              **{name: time_attention(function, heads, work) for name, (function, work) in cases.items()}}
+    if flex.is_here():
+        timed = flex.time_flex(rows, [np.asarray(x[0], np.float32) for x in heads])
+        result["flex_attention"] = rates(timed["forward"], timed["backward"], pairs)
+        apart = np.abs(timed["out"] - np.asarray(jax.jit(ours("auto"))(*heads)[0], np.float32))
+        result["largest_difference_from_flex"] = float(apart[rows.last >= 0].max())
+    return result
 
 
 def main(values: Any) -> None:
