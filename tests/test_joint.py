@@ -12,6 +12,9 @@ from data_pipelines.batch import Rows
 from irg_jax.kernels import hopper
 from irg_jax.models import joint
 from irg_jax.models.joint import KeyValue, attend_together, look_together
+from irg_jax.models.layers import lookup, matmul
+from irg_jax.parallel.collectives import find_collectives, total_by_kind
+from irg_jax.parallel.hlo import Module
 from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
 
 LENGTHS, PAST, HEADS, KEY_HEADS = (8, 12, 20), 6, 6, 2
@@ -81,3 +84,23 @@ def test_keys_are_gathered_and_their_gradients_scattered():
         program = jax.jit(attend_and_back).lower(*split, None, None).compile().as_text()
     assert program.count(" reduce-scatter(") == 2
     assert not any(program.count(f" {name}(") for name in ("all-reduce", "all-to-all", "collective-permute"))
+
+
+def test_parameters_are_gathered_once_and_what_they_meet_stays():
+    """A table of words that is split many ways; a kernel that two streams meet, forwards and backwards."""
+    mesh = make_mesh(MeshConfig(fsdp=4, context=2))
+    place = lambda *axes: NamedSharding(mesh, P(*axes))
+    shape = lambda sizes, dtype, *axes: jax.ShapeDtypeStruct(sizes, dtype, sharding=place(*axes))
+    table = shape((48, 32), jnp.float32, None, ("fsdp", "context"))
+    kernel = shape((32, 16), jnp.float32, ("fsdp", "context"), "tensor")
+    ids = shape((8, 64), jnp.int32, BATCH_AXES, "context")
+    streams = [shape((8, length, 32), jnp.float32, BATCH_AXES, "context") for length in (64, 128)]
+
+    def gathered(function, *arguments) -> float:
+        with jax.set_mesh(mesh):
+            text = jax.jit(function).lower(*arguments).compile().as_text()
+        return total_by_kind(find_collectives(Module(text), mesh.size))["all-gather"]
+    words = lambda table, ids: lookup(table, ids, ("vocab", "embed"), jnp.float32)
+    assert gathered(words, table, ids) == 4 * 48 * 32 * 7 / 8    # what is looked up has 64 KiB
+    loss = lambda kernel, *streams: sum(jnp.sum(matmul(x, kernel, ("embed", "mlp"))**2) for x in streams)
+    assert gathered(jax.grad(loss, (0, 1, 2)), kernel, *streams) == 4 * 32 * 16 * 7 / 8

@@ -15,7 +15,7 @@ from data_pipelines.batch import Rows
 from irg_jax.models.autoencoder import Autoencoder
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.decoder import Decoder, KeyValue, Past
-from irg_jax.models.layers import Linear, TimestepEmbedding, param, sincos_table
+from irg_jax.models.layers import Linear, TimestepEmbedding, lookup, param, sincos_table
 from irg_jax.models.streams import Streams
 from irg_jax.models.vision import Connector, VisionEncoder
 
@@ -52,7 +52,7 @@ class IRG(nnx.Module):
         self.time_embedder = TimestepEmbedding(width, rngs=rngs)
 
     def embed_text(self, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-        return self.embed[...].astype(dtype)[ids]
+        return lookup(self.embed[...], ids, ("vocab", "embed"), dtype)
 
     def embed_vit(self, patches: Float[Array, "B V P"], position: Int[Array, "B V"], rows: Rows, *,
                   remat: str = "none") -> Float[Array, "B V D"]:

@@ -5,6 +5,7 @@ A parameter carries `axes`, the logical names of its dimensions; `parallel/shard
 Parameters are float32; a layer computes in the dtype of its input, norms in float32.
 """
 
+import functools
 import math
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from irg_jax.parallel.shards import deal
+from irg_jax.parallel.shards import deal, is_split, whole
 
 Axes = tuple[str | None, ...]
 
@@ -30,34 +31,50 @@ def constant(shape: tuple[int, ...], axes: Axes, value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-@jax.custom_vjp
-def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"]) -> Float[Array, "... F"]:
-    """x kernel. The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T.
+def lookup(table: Float[Array, "rows D"], index: Int[Array, "B S"], axes: Axes, dtype: DTypeLike
+           ) -> Float[Array, "B S D"]:
+    """Rows of a table in `dtype`; `axes` are the table's."""
+    return deal(whole(table.astype(dtype), axes)[index])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"], axes: Axes) -> Float[Array, "... F"]:
+    """x kernel in the dtype of x; `axes` are the kernel's.
+
+    The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T.
 
     On CPUs the latter writes all of dy once more, transposed: once a quarter of the miniature's step
     (docs/performance.md).
     """
-    return deal(x @ kernel)
+    return deal(x @ whole(kernel.astype(x.dtype), axes))
 
 
-def _matmul_backward(saved, d_y):
+def _matmul_backward(axes, saved, d_y):
     x, kernel = saved
-    rows = lambda x: x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return deal(d_y @ kernel.T), rows(x).T @ rows(d_y)
+    # Said again, and not saved: whole kernels of all layers would fill a chip.
+    d_x = deal(d_y @ whole(kernel.astype(x.dtype), axes).T)
+    if is_split("tokens"):    # packs and tokens, both split, do not merge without being gathered
+        leading = tuple(range(x.ndim - 1))
+        d_kernel = jax.lax.dot_general(x, d_y, ((leading, leading), ((), ())))
+    else:                     # on a CPU a copy of x less
+        rows = lambda x: x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        d_kernel = rows(x).T @ rows(d_y)
+    return d_x, d_kernel.astype(kernel.dtype)
 
 
-matmul.defvjp(lambda x, kernel: (deal(x @ kernel), (x, kernel)), _matmul_backward)
+matmul.defvjp(lambda x, kernel, axes: (matmul(x, kernel, axes), (x, kernel)), _matmul_backward)
 
 
 class Linear(nnx.Module):
     """y = x kernel + bias, in the dtype of x."""
 
     def __init__(self, d_in: int, d_out: int, axes: Axes, *, use_bias: bool = True, rngs: nnx.Rngs):
+        self.axes = axes
         self.kernel = param(rngs, (d_in, d_out), axes, 1 / math.sqrt(d_in))
         self.bias = constant((d_out,), axes[1:], 0.0) if use_bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
-        y = matmul(x, self.kernel[...].astype(x.dtype))
+        y = matmul(x, self.kernel[...], self.axes)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

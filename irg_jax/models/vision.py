@@ -13,7 +13,7 @@ from data_pipelines.batch import Rows
 from irg_jax.kernels.attention import Sight
 from irg_jax.models.config import ViTConfig
 from irg_jax.models.joint import attend_together, look_together
-from irg_jax.models.layers import LayerNorm, Linear, param
+from irg_jax.models.layers import LayerNorm, Linear, lookup, param
 from irg_jax.models.stack import run_stack, stack
 
 
@@ -61,7 +61,7 @@ class VisionEncoder(nnx.Module):
     def __call__(self, patches: Float[Array, "B V P"], position: Int[Array, "B V"], rows: Rows, *,
                  remat: str = "none") -> Float[Array, "B V D"]:
         """`rows` are the ViT stream's rows in the pack; only `order`, `span` and `last` matter here."""
-        x = self.patch_embed(patches) + self.position[...][position].astype(patches.dtype)
+        x = self.patch_embed(patches) + lookup(self.position[...], position, (None, "vit_embed"), patches.dtype)
         sight = look_together((own_images(rows),))
         x, _ = run_stack(lambda layer, x, _: (layer(x, sight), None), self.layers, x, remat=remat)
         return self.post_norm(x)

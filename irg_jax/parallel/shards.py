@@ -4,6 +4,7 @@ program that a compiler would split well.
 The models name the axes of what they pass; where these lie is this table, and without a mesh nothing changes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from irg_jax.parallel.sharding import BATCH_AXES
+from irg_jax.parallel.sharding import BATCH_AXES, RULES
 
 Axes = PartitionSpec    # of an array, by the names below
 
@@ -37,6 +38,22 @@ def deal(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec(x)) if x.ndim > 2 else x, tree)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def whole(x: Array, names: tuple[str | None, ...]) -> Array:
+    """A parameter with logical axes `names`, gathered but for `tensor`; cast it first, for fewer bytes.
+
+    Left to itself, a compiler may gather what meets it instead, all packs of it, or the parameter again for each
+    stream. Its gradient may lie anywhere.
+    """
+    if _is_single(jax.sharding.get_abstract_mesh()):
+        return x
+    spec = [PartitionSpec.UNCONSTRAINED if RULES[name] == ("tensor",) else None for name in names]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+whole.defvjp(lambda x, names: (whole(x, names), None), lambda names, _, d_x: (d_x,))
+
+
 def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     """`function` for whole arrays, run on each device's part of them under the mesh that is set.
 
@@ -47,6 +64,12 @@ def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     specs = lambda tree: jax.tree.map(_spec, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     # What is gathered is equal on all devices; the check would want to be told so.
     return jax.shard_map(function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+
+
+def is_split(name: str) -> bool:
+    """Whether a logical axis of activations lies on several devices of the mesh that is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not _is_single(mesh) and any(mesh.shape[place] > 1 for place in PLACES[name])
 
 
 def gather(x: Array, axis: int, name: str) -> Array:
