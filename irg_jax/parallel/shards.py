@@ -42,8 +42,8 @@ def deal(tree: Any) -> Any:
 def whole(x: Array, names: tuple[str | None, ...]) -> Array:
     """A parameter with logical axes `names`, gathered but for `tensor`; cast it first, for fewer bytes.
 
-    Left to itself, a compiler may gather what meets it instead, all packs of it, or the parameter again for each
-    stream. Its gradient may lie anywhere.
+    Left to itself, a compiler may gather what meets it instead, all packs of it, or the parameter once more for
+    each stream. Its gradient may lie anywhere.
     """
     if _is_single(jax.sharding.get_abstract_mesh()):
         return x
