@@ -56,7 +56,7 @@ class GroupConfig:
     folder: str = ""            # below <source>/<split>; empty: the name
     vae_transform: ImageTransform | None = None  # instead of the mixture's
     vit_transform: ImageTransform | None = None
-    system_prompt: str | None = None
+    system_prompt: str | None = None   # instead of the mixture's; "" for none
 
     def __post_init__(self):
         if self.weight < 0 or (self.weight == 0 and not self.is_mandatory):
