@@ -111,3 +111,16 @@ def test_model_flops_are_the_traced_step_without_what_is_done_twice():
     heads = traced.total - again - ours   # logits computed again, and the small linears of the latent stream
     assert math.isclose(traced.conv, packs * image.conv, rel_tol=1e-6)
     assert 0 < heads < 0.25 * ours
+
+
+def test_devices_that_share_a_pack_share_its_images():
+    """Eight image slots, four devices along `context`: convolutions are those of one device."""
+    data = {"source": "", "groups": {"full": {}}, "packs_per_step": 1, "text_tokens": 16, "vit_tokens": 16,
+            "latent_tokens": 32, "images": 8, "latent_patch": 4, "vit_patch": 4, "max_latent_size": 5,
+            "vit_max_side": 6, "vae_transform": {"stride": 4, "max_size": 20, "min_size": 4},
+            "vit_transform": {"stride": 4, "max_size": 24, "min_size": 4}}
+    config = from_config_dict(TrainConfig, {"stage": "s", "init_from": "", "total_steps": 1, "data": data})
+    conv = [count_flops(trace_step(config, CONFIG, make_mesh(MeshConfig(fsdp=1, context=ways),
+                                                             jax.devices()[:ways])).traced.jaxpr).conv
+            for ways in (1, 4)]
+    assert conv[0] == conv[1] > 0

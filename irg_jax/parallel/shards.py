@@ -5,10 +5,12 @@ The models name the axes of what they pass; where these lie is this table, and w
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
@@ -64,6 +66,21 @@ def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
     specs = lambda tree: jax.tree.map(_spec, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     # What is gathered is equal on all devices; the check would want to be told so.
     return jax.shard_map(function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+
+
+def share_out(function: Callable, rows: Any, name: str) -> Any:
+    """Inside `per_shard`: `function` of a tree of arrays [N, ...], whose rows are dealt along a logical axis.
+
+    Each device computes its share, the last perhaps once more than there is, and gets the results of all.
+    """
+    if not is_split(name):
+        return function(rows)
+    mesh, places = jax.sharding.get_abstract_mesh(), PLACES[name]
+    ways, count = math.prod(mesh.shape[place] for place in places), len(jax.tree.leaves(rows)[0])
+    first = jax.lax.axis_index(places) * -(-count // ways)
+    own = jnp.minimum(first + jnp.arange(-(-count // ways)), count - 1)
+    results = function(jax.tree.map(lambda x: x[own], rows))
+    return jax.tree.map(lambda x: gather(x, 0, name)[:count], results)
 
 
 def is_split(name: str) -> bool:

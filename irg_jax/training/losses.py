@@ -18,7 +18,7 @@ from data_pipelines.batch import PackedBatch
 from irg_jax.models.autoencoder import Autoencoder
 from irg_jax.models.irg import IRG, normalize_pixels, pack_latent
 from irg_jax.models.streams import Streams
-from irg_jax.parallel.shards import Axes, deal, per_shard
+from irg_jax.parallel.shards import Axes, deal, per_shard, share_out
 
 CE_CHUNK = 1024  # text tokens whose logits exist at once: 8,192 x 152,064 in float32 would be 5 GB
 
@@ -70,7 +70,7 @@ def encode_moments(
 ) -> Float[Array, "B G Y"]:
     """Moments of all latent tokens of a batch, image by image on a square canvas of `canvas` tokens.
 
-    Every device encodes the images of its own packs.
+    Devices encode the images of their own packs, and those that share a pack share its images.
     """
     encode = lambda vae, batch: _encode_share(vae, batch, config, canvas, dtype)
     return per_shard(encode, (Axes(), Axes("packs")), Axes("packs"))(vae, batch)
@@ -90,7 +90,8 @@ def _encode_share(
 
     pack = jnp.broadcast_to(jnp.arange(packs)[:, None], (packs, slots))
     table = (pack, batch.image_start, batch.image_height, batch.image_width)
-    canvases = jax.lax.map(encode, tuple(x.reshape(-1) for x in table), batch_size=config.vae_batch)
+    canvases = share_out(lambda table: jax.lax.map(encode, table, batch_size=config.vae_batch),
+                         tuple(x.reshape(-1) for x in table), "tokens")
     canvases = canvases.reshape(packs, slots * canvas * canvas, -1)
 
     slot = jnp.minimum(batch.latent_image, slots - 1)
