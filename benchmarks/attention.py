@@ -117,7 +117,7 @@ def measure_speed(pack: PackedBatch) -> dict[str, Any]:
     result = {"matmul_tflops": round(matmul_tflops(), 1),
               **{name: time_attention(function, heads, work) for name, (function, work) in cases.items()}}
     if flex.is_here():
-        timed = flex.time_flex(rows, [np.asarray(x[0], np.float32) for x in heads])
+        timed = flex.time_flex(rows, [np.asarray(x[0], np.float32) for x in heads], seconds_of)
         result["flex_attention"] = rates(timed["forward"], timed["backward"], pairs)
         apart = np.abs(timed["out"] - np.asarray(jax.jit(ours("auto"))(*heads)[0], np.float32))
         result["largest_difference_from_flex"] = float(apart[rows.last >= 0].max())

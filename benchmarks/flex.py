@@ -4,16 +4,12 @@ Its blocks are made by its own `create_block_mask` from our rows, compiled as it
 """
 
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.batch import Rows
-
-REPEATS = 5
 
 
 def is_here() -> bool:
@@ -41,29 +37,24 @@ def make_attention(rows: Rows, device: str, compiled: bool = True) -> Callable[.
     return lambda query, key, value: attention(query, key, value, block_mask=mask, enable_gqa=True)
 
 
-def time_flex(rows: Rows, heads: list[np.ndarray]) -> dict[str, Any]:
+def time_flex(rows: Rows, heads: list[np.ndarray], seconds_of: Callable[..., float]) -> dict[str, Any]:
     """Seconds of a pass forwards and of one backwards, and what came out [S, N, H] in float32.
 
-    Args: heads are queries [S, N, H], keys and values [S, K, H] as float32.
+    Args:
+        heads: queries [S, N, H], keys and values [S, K, H] as float32.
+        seconds_of: times a call.
     """
     import torch
     on_gpu = lambda x: torch.from_numpy(x).to("cuda", torch.bfloat16).transpose(0, 1)[None].contiguous()
     tensors = [on_gpu(x).requires_grad_() for x in heads]
     attention = make_attention(rows, "cuda")
-
-    def seconds_of(function: Callable[[], Any]) -> float:
-        function()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(REPEATS):
-            begun = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-        return statistics.median(times)
     out = attention(*tensors)
     cotangent = torch.ones_like(out)
-    forward = seconds_of(lambda: attention(*tensors))
-    backward = seconds_of(lambda: torch.autograd.grad(out, tensors, cotangent, retain_graph=True))
+
+    def run(function: Callable[..., Any]) -> None:
+        function()
+        torch.cuda.synchronize()
+    forward = seconds_of(run, lambda: attention(*tensors))
+    backward = seconds_of(run, lambda: torch.autograd.grad(out, tensors, cotangent, retain_graph=True))
     out = out[0].transpose(0, 1).float().detach().cpu().numpy()
     return {"forward": forward, "backward": backward, "out": out}

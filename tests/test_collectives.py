@@ -134,6 +134,40 @@ def test_a_loop_of_unknown_length_is_not_counted_as_one():
         measure_work(Module(text))
 
 
+NESTED = """HloModule nested
+%slice (stack: bf16[28,64,128], i: s32[]) -> bf16[1,64,128] {
+  %stack = bf16[28,64,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = bf16[1,64,128]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,64,128}
+}
+
+%around (weights: bf16[28,64,128], j: s32[], x: bf16[1,64,128]) -> bf16[1,64,128] {
+  %weights = bf16[28,64,128]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %x = bf16[1,64,128]{2,1,0} parameter(2)
+  %taken = bf16[1,64,128]{2,1,0} fusion(%weights, %j), kind=kLoop, calls=%slice
+  ROOT %sum = bf16[1,64,128]{2,1,0} add(%taken, %x)
+}
+
+ENTRY %main (w: bf16[28,64,128], k: s32[], y: bf16[1,64,128]) -> bf16[1,64,128] {
+  %w = bf16[28,64,128]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %y = bf16[1,64,128]{2,1,0} parameter(2)
+  ROOT %out = bf16[1,64,128]{2,1,0} fusion(%w, %k, %y), kind=kLoop, calls=%around
+}
+"""
+
+
+@pytest.mark.parametrize("inner, layers", [
+    ("dynamic-slice(%stack, %i, %zero, %zero)", 1), ("copy(%stack)", 28)])
+def test_of_a_stack_a_fusion_reads_what_it_takes(inner, layers):
+    """A slice in a fusion within a fusion is one layer; used otherwise, it is all of them."""
+    text = NESTED.replace("dynamic-slice(%stack, %i, %zero, %zero)", inner)
+    layer = 64 * 128 * 2.0
+    assert measure_work(Module(text)).hbm_bytes == (layers + 2) * layer + 4    # y, the result, and an index
+
+
 WINDOW = """HloModule batched
 ENTRY %main (x: f32[3,8,16], y: f32[3,16,4]) -> f32[3,8,4] {
   %x = f32[3,8,16]{2,1,0} parameter(0)

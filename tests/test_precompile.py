@@ -45,9 +45,9 @@ def test_the_roofline_takes_each_limit_by_itself():
 
 
 def result(**changes):
-    fit = {"mesh": {"data": 1, "fsdp": 8}, "packs_per_step": 8, "accumulate": 1, "fits": True,
-           "peak_hbm_gib": 50.0, "hbm_gib": 95.74, "state_gib": 27.0, "temp_gib": 20.0, "replication": 1.0,
-           "largest_temporaries": ["4GiB: f32[1]"]}
+    fit = {"mesh": {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}, "packs_per_step": 8, "accumulate": 1,
+           "fits": True, "peak_hbm_gib": 50.0, "hbm_gib": 95.74, "state_gib": 27.0, "temp_gib": 20.0,
+           "replication": 1.0, "largest_temporaries": ["4GiB: f32[1]"]}
     return fit | changes
 
 
@@ -55,7 +55,8 @@ def result(**changes):
     ({"fits": False, "peak_hbm_gib": 100.0, "state_gib": 80.0}, ["lacks 4.3 GiB", "more ways"]),
     ({"fits": False, "peak_hbm_gib": 100.0, "mesh": {"data": 1, "fsdp": 2}}, ["lacks", "accumulate 4"]),
     ({"fits": False, "peak_hbm_gib": 100.0}, ["lacks", "smaller budgets"]),
-    ({"replication": 8.0}, ["8.00 times"]),
+    ({"replication": 8.0}, ["8.00 times over"]),
+    ({"replication": 8.0, "mesh": {"data": 1, "fsdp": 8, "tensor": 1, "context": 8}}, ["over: mesh.context"]),
     ({"packs_per_step": 64, "mesh": {"data": 4, "fsdp": 16}}, ["fill the 64 shards"])])
 def test_advice_names_what_to_change(changes, words):
     lines = advise(result(**changes))

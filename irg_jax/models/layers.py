@@ -41,10 +41,8 @@ def lookup(table: Float[Array, "rows D"], index: Int[Array, "B S"], axes: Axes, 
 def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"], axes: Axes) -> Float[Array, "... F"]:
     """x kernel in the dtype of x; `axes` are the kernel's.
 
-    The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T.
-
-    On CPUs the latter writes all of dy once more, transposed: once a quarter of the miniature's step
-    (docs/performance.md).
+    The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T. On CPUs the latter writes all of dy once
+    more, transposed: once a quarter of the miniature's step (docs/performance.md).
     """
     return deal(x @ whole(kernel.astype(x.dtype), axes))
 

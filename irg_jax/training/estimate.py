@@ -55,8 +55,9 @@ def advise(result: dict[str, Any]) -> list[str]:
             lines.append("a chip carries one pack already: smaller budgets (data.text_tokens, vit_tokens, "
                          "latent_tokens), mesh.tensor up to 4, or chips with more memory")
     if result["replication"] > 1.1:
-        lines.append(f"chips do the same work {result['replication']:.2f} times over: mesh.context and "
-                     "mesh.tensor split only what the model splits over them")
+        lines.append(f"chips do the same work {result['replication']:.2f} times over"
+                     + (": mesh.context and mesh.tensor split only what the model splits over them"
+                        if result["mesh"]["context"] * result["mesh"]["tensor"] > 1 else ""))
     if result["packs_per_step"] != 8:
         lines.append(f"{result['packs_per_step']} packs a step fill the {shards} shards of the batch; the "
                      "paper's global batch is 8 packs, so this is another experiment")
