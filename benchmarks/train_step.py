@@ -1,7 +1,7 @@
 """A training step of BAGEL-7B-MoT at real width and a few layers: seconds, useful TFLOP/s, and MFU.
 
     python -m benchmarks.train_step                     # one GPU of 80 GB or more, or a TPU: minutes
-    python -m benchmarks.train_step --layers 1 --vit_layers 1 --vocab_size 8192 --side 128   # two cores, 20 GiB
+    python -m benchmarks.train_step --layers 1 --vit_layers 1 --vocab_size 8192 --side 128   # a CPU; not tried
 
 One pack of simulated IRGL records under the budgets of the config goes through the step that training compiles:
 images encoded inside, layers computed again, AdamW and EMA. All 28 layers fit on no single chip; so two depths
