@@ -26,7 +26,8 @@ from data_pipelines.config import from_config_dict
 from irg_jax.checkpoints.model import load_model
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import ModelConfig
-from irg_jax.training.loop import Trainer, count_tokens
+from irg_jax.parallel.hosts import Hosts
+from irg_jax.training.loop import Trainer
 
 STEPS = 20
 SIDE = 2048    # of the large matmul
@@ -71,18 +72,19 @@ def timed(work) -> float:
 
 
 def measure(config: TrainConfig, workdir: pathlib.Path) -> dict[str, Any]:
-    trainer = Trainer(config, workdir)
+    trainer = Trainer(config, workdir, Hosts())
+    trainer.load()
     batches = [next(trainer.data) for _ in range(STEPS)]
     trainer.data.close()
     trainer.bundles.close()
 
     def step(batch):
         trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
-        metrics["loss"].block_until_ready()
+        return int(metrics["tokens"])   # when they are there
     with jax.set_mesh(trainer.mesh):
         compile_seconds = timed(lambda: step(batches[0]))
         seconds = statistics.median(timed(lambda: step(batch)) for batch in batches)
-    tokens = statistics.mean(map(count_tokens, batches))
+        tokens = statistics.mean(map(step, batches))
     slots = sum(rows.last.size for rows in (batches[0].text_rows, batches[0].vit_rows, batches[0].latent_rows))
     work, limit = matmul_flops(load_model(config.init_from).config, batches[0]), matmul_rate()
     return {"step_seconds": seconds, "first_step_seconds": compile_seconds, "tokens": tokens,

@@ -33,12 +33,20 @@ def describe_data(config: DataConfig, tokenizer: Tokenizer, tables: Mapping[str,
             fields["groups"][group.name]["system_prompt"] = _digest(prompt.encode())
     data = {name: _digest(digests[name].encode(), table.items.tobytes(), table.offsets.tobytes())
             for name, table in tables.items()}
-    return _flatten({"tokenizer": _digest(tokenizer.fingerprint.encode()), "data": data, "config": fields})
+    return flatten({"tokenizer": _digest(tokenizer.fingerprint.encode()), "data": data, "config": fields})
 
 
 def digest_values(values: Any) -> str:
     """Digest of anything that JSON can write."""
     return _digest(json.dumps(values).encode())
+
+
+def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested mappings -> one, its keys joined by dots."""
+    flat = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+    return flat
 
 
 def compare(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -47,13 +55,6 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     return [f"{name}: {show(saved, name)} -> {show(current, name)}"
             for name in sorted(saved.keys() | current.keys())
             if show(saved, name) != show(current, name)]
-
-
-def _flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
-    return flat
 
 
 def _digest(*parts: bytes) -> str:

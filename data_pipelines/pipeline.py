@@ -1,7 +1,7 @@
 """Packed batches for the trainer: plan -> read -> assemble -> stack, and one integer of state.
 
 Step s of the run is packs [s * packs_per_step, (s + 1) * packs_per_step) of the plan, whoever reads
-them: each of `process_count` processes takes its own contiguous share, and reads it in threads, or
+them: each process takes those `rows` of a step that its devices hold, and reads them in threads, or
 deals its steps out to worker processes. What a pack holds depends on the data, the config and its index
 alone. So the global batches are the same for any number of processes and workers, and the position to
 resume from is the next step.
@@ -15,7 +15,7 @@ import logging
 import operator
 import pathlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -164,37 +164,35 @@ def _reopen(config: DataConfig, tokenizer: Tokenizer, tables: dict[str, CostTabl
 
 
 class Share:
-    """One process's part of every step: `share[step]` is Loaded with [packs_per_step / process_count, ...]."""
+    """One process's part of every step: `share[step]` is Loaded with [rows, ...]."""
 
-    def __init__(self, packs: Packs, *, process_index: int, process_count: int):
-        """Raises: ValueError if packs_per_step does not divide by process_count."""
-        self._packs, self._all = packs, packs.config.packs_per_step
-        if self._all % process_count:
-            raise ValueError(f"packs_per_step {self._all} does not divide by {process_count} processes")
-        self._count = self._all // process_count
-        self._first = process_index * self._count
+    def __init__(self, packs: Packs, rows: Sequence[int]):
+        """Args: rows of a step, below packs_per_step. Raises: ValueError if there are none, or others."""
+        self._packs, self._all, self._rows = packs, packs.config.packs_per_step, tuple(rows)
+        if not self._rows or not set(self._rows) <= set(range(self._all)):
+            raise ValueError(f"rows {self._rows} of a step: give some of its {self._all} packs "
+                             "(packs_per_step)")
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, step: int) -> Loaded:
-        batch, faults = self._packs.empty(self._count), []
+        batch, faults = self._packs.empty(len(self._rows)), []
         for i, index in enumerate(self.indices(step)):
             faults += self._packs.load(index, _map_arrays(operator.itemgetter(i), batch)).faults
         return Loaded(batch, tuple(faults))
 
-    def indices(self, step: int) -> range:
+    def indices(self, step: int) -> list[int]:
         """The packs of a step that are this process's."""
-        first = step * self._all + self._first
-        return range(first, first + self._count)
+        return [step * self._all + row for row in self._rows]
 
 
 class BatchIterator:
-    """Endless PackedBatches [packs_per_step / process_count, ...]; its state is the next step."""
+    """Endless PackedBatches [rows, ...]; its state is the next step."""
 
-    def __init__(self, packs: Packs, *, start: int, process_index: int, process_count: int):
+    def __init__(self, packs: Packs, *, start: int, rows: Sequence[int]):
         self.packs = packs
-        self._share = Share(packs, process_index=process_index, process_count=process_count)
+        self._share = Share(packs, rows)
         self._readers: list[grain.DatasetIterator] = []  # the one in use
         weakref.finalize(self, _stop, self._readers)     # at the latest when Python ends
         self.set_state(start)
@@ -278,13 +276,16 @@ class BatchIterator:
 
 
 def make_iterator(config: DataConfig, tokenizer: Tokenizer, *, start: int = 0,
-                  process_index: int = 0, process_count: int = 1) -> BatchIterator:
+                  rows: Sequence[int] | None = None, keep_journal: bool = True) -> BatchIterator:
     """Opens the data set and returns the batches of one process from step `start` on.
 
     With `stage_dir`, the data set is copied there first, see `staging`.
 
-    Raises: ValueError if packs_per_step does not divide by process_count, the file of a system prompt cannot
-        be read, or the data are bad.
+    Args:
+        rows: the packs of every step that this process reads, in order; all if left out.
+        keep_journal: this process writes the plan's journal (`index_dir`), which all read.
+    Raises: ValueError if a step has no such rows, the file of a system prompt cannot be read, or the data
+        are bad.
     """
     for group in config.groups:
         if prompt := config.system_prompt_of(group):
@@ -292,10 +293,11 @@ def make_iterator(config: DataConfig, tokenizer: Tokenizer, *, start: int = 0,
                          name_system_prompt(prompt) or "own wording", len(prompt))
     if config.stage_dir:
         config = replace(config, source=str(stage_mixture(config)))
-    packs = Packs(config, tokenizer, keep_journal=process_index == 0)
-    share = Share(packs, process_index=process_index, process_count=process_count)
+    packs = Packs(config, tokenizer, keep_journal=keep_journal)
+    rows = range(config.packs_per_step) if rows is None else rows
+    share = Share(packs, rows)
     packs.fetch(index for step in range(start, start + config.stage_steps) for index in share.indices(step))
-    return BatchIterator(packs, start=start, process_index=process_index, process_count=process_count)
+    return BatchIterator(packs, start=start, rows=rows)
 
 
 def _map_arrays(function: Callable[[np.ndarray], np.ndarray], batch: Any) -> Any:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from irg_jax.parallel.collectives import find_collectives, measure_work, total_by_kind
+from irg_jax.parallel.collectives import find_collectives, measure_work, total_by_group, total_by_kind
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.hlo import Module
 
@@ -114,6 +114,7 @@ def test_the_forms_of_a_tpu_compiler():
     found = find_collectives(Module(TPU), 64)
     whole = 64 * 128 * 2.0
     assert total_by_kind(found) == {"reduce-scatter": 28 * whole * 15 / 16, "all-gather": 28 * whole * 15 / 16}
+    assert total_by_group(found) == {f"{kind} of 16": size for kind, size in total_by_kind(found).items()}
     assert [each.is_async for each in found if each.kind == "all-gather"] == [True]
     assert {each.group for each in found} == {16}
 

@@ -170,7 +170,7 @@ def test_all_processes_and_epochs_replace_alike_and_count_once(tmp_path, caplog)
     assert iterator.counters == {"bad_records": 2, "bad_image": 2, "oversize_records": 0}
     assert caplog.text.count("row 4, turn 1, part 0") == 1  # though met in every epoch
     iterator.close()
-    shares = [make_iterator(config, TOKENIZER, process_index=i, process_count=2) for i in range(2)]
+    shares = [make_iterator(config, TOKENIZER, rows=rows) for rows in ([0, 1], [2, 3])]
     for batch in batches[:6]:
         parts = [next(share) for share in shares]
         joined = np.concatenate([part.latent_pixels for part in parts])

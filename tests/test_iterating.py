@@ -71,7 +71,8 @@ if __name__ == "__main__":
     found = []
     for start, stop, workers in legs:
         iterator = case.make_iterator(case.make_config(case.pathlib.Path(source), workers=workers, prefetch=2),
-                                      case.TOKENIZER, start=start, process_index=index, process_count=count)
+                                      case.TOKENIZER, start=start, keep_journal=index == 0,
+                                      rows=range(index * 8 // count, (index + 1) * 8 // count))
         found += [[step, case.pack_digests(next(iterator))] for step in range(start, stop)]
         assert iterator.get_state() == stop
         iterator.close()

@@ -273,14 +273,13 @@ def test_the_frozen_part_of_a_stage_comes_back_and_can_be_written_again(tmp_path
 
 def test_a_stage_that_was_killed_while_it_began_can_begin_again(tmp_path):
     stage, model = tmp_path / "stage1", make_model(tokenizer=make_tokenizer())
-    writer = store.Writer(stage / "vae").__enter__()
-    for path, leaf in list(names.flatten(model.vae).items())[:20]:
-        writer.add(f"vae.{path}", leaf)
-    writer._flush()
-    writer._wait()   # and now the process is gone
+    save_stage_frozen(stage, model)
+    (stage / "model.json").unlink()   # which is written last
+    whole = (stage / "vae.safetensors").read_bytes()
+    (stage / "vae.safetensors").write_bytes(whole[:len(whole) // 2])
     save_stage_frozen(stage, model)
     assert_same(load_stage_frozen(stage), dataclasses.replace(model, params={}))
-    assert {path.name for path in stage.iterdir()} == {"model.json", "tokenizer.json", "vae"}
+    assert {path.name for path in stage.iterdir()} == {"model.json", "tokenizer.json", "vae.safetensors"}
 
 
 def test_a_damaged_bundle_is_refused_in_a_sentence(tmp_path):
@@ -299,6 +298,12 @@ def test_a_stage_without_a_bundle_or_with_another_autoencoder_is_refused(tmp_pat
     (stage / "checkpoints").mkdir()
     assert "no complete checkpoint" in refusal(stage)
     save_stage(stage, model, {1: model})
-    shutil.rmtree(stage / "vae")
-    ocp.save(stage / "vae", {"vae": make_model(seed=4).vae})
+    whole = (stage / "vae.safetensors").read_bytes()
+    save_stage_frozen(tmp_path / "other", make_model(seed=4))
+    shutil.copy(tmp_path / "other" / "vae.safetensors", stage)
     assert "damaged" in refusal(stage) and "vae.decoder.conv_in.kernel" in refusal(stage)
+    for cut in (0, 7, 400, len(whole) - 1):
+        (stage / "vae.safetensors").write_bytes(whole[:cut])
+        assert "is not whole or damaged" in refusal(stage)
+    (stage / "vae.safetensors").unlink()
+    assert "vae.safetensors" in refusal(stage)

@@ -169,9 +169,9 @@ def digests(iterator, count) -> list[bytes]:
 def test_each_host_copies_the_shards_of_its_own_packs(built, tmp_path, workers):
     fields, shares = dict(workers=workers, prefetch=1 + workers), []
     for host in range(2):
-        plain = make_iterator(built, tokenizer(), process_index=host, process_count=2)
+        plain = make_iterator(built, tokenizer(), rows=[host])
         config = dataclasses.replace(built, stage_dir=str(tmp_path / f"disk{host}"), stage_steps=5, **fields)
-        staged = make_iterator(config, tokenizer(), process_index=host, process_count=2)
+        staged = make_iterator(config, tokenizer(), rows=[host])
         source = staged.packs._sources["full"]
         wanted = {source.files[source._find(entry.index)].name for step in range(5)
                   for entry in staged.packs.planner[2 * step + host].entries}

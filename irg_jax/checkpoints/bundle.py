@@ -4,7 +4,6 @@ STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and
 visible only when it is complete: Orbax writes under a temporary name and renames.
 """
 
-import contextlib
 import pathlib
 from typing import Any
 
@@ -14,6 +13,8 @@ from orbax.checkpoint import v1 as ocp
 from irg_jax.models.functional import Params
 
 FOLDER = "checkpoints"
+_PART_BYTES = 2**22
+_COMPLETE = "commit_success.txt"   # Orbax's last file
 
 
 class Bundles:
@@ -36,9 +37,13 @@ class Bundles:
         """
         if step == self.latest():
             return
+        context = ocp.Context()
+        # Copies of a small array are not written in parts: each part's slice is a program to compile.
+        context.array.saving.min_slice_bytes_for_replica_parallel = _PART_BYTES
         # Orbax's own policy would drop a save that is asked for while another is under way.
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "ema": ema, "position": position}, force=True)
+        with context:
+            self._checkpointer.save_checkpointables_async(
+                step, {"state": state, "ema": ema, "position": position}, force=True)
 
     def restore(self, step: int, *, state: Any, ema: Params) -> dict[str, Any]:
         """Items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""
@@ -51,11 +56,12 @@ class Bundles:
 
 
 def latest_step(stage: pathlib.Path) -> int:
-    """The newest complete step of a stage; 0 if there is none, and nothing is made."""
-    if not (stage / FOLDER).is_dir():
-        return 0
-    with contextlib.closing(Bundles(stage, keep=None)) as bundles:
-        return bundles.latest() or 0
+    """The newest complete step of a stage; 0 if there is none, and nothing is made.
+
+    By names alone: Orbax would wait for other processes, which may see another folder.
+    """
+    found = (stage / FOLDER).glob(f"*/{_COMPLETE}")
+    return max((int(path.parent.name) for path in found if path.parent.name.isdecimal()), default=0)
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:

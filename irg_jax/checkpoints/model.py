@@ -5,7 +5,7 @@
     params/          Orbax: {"model": the network, "vae": the autoencoder}, a leaf for every layer
 
 It is written under another name and renamed at the end, so it is whole or absent. A stage folder of
-a training run (`model.json`, `tokenizer.json`, `vae/`, `checkpoints/`) is its EMA.
+a training run (`model.json`, `tokenizer.json`, `vae.safetensors`, `checkpoints/`) is its EMA.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.bundle import restore_ema
 from irg_jax.checkpoints.names import listing
-from irg_jax.checkpoints.store import Reader, Writer, damage
+from irg_jax.checkpoints.safetensors_files import Pending, TensorFiles, write_tensors
+from irg_jax.checkpoints.store import Reader, Writer, check_digests, check_shapes, damage, digest
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params
 
@@ -74,7 +75,7 @@ def write_model(path: str | pathlib.Path, config: ModelConfig, tokenizer: Tokeni
             for name, leaf in leaves:
                 writer.add(name, leaf)
                 del leaf   # while the next is made
-        _save_texts(folder, config, tokenizer, writer, source)
+        _save_texts(folder, config, tokenizer, writer.dtypes, writer.digests, source)
 
 
 def load_model(path: str | pathlib.Path) -> Model:
@@ -128,22 +129,28 @@ def save_stage_frozen(folder: str | pathlib.Path, model: Model) -> None:
     """Writes what a stage does not train: tokenizer, autoencoder and, last of all, `model.json`."""
     folder = pathlib.Path(folder).absolute()
     (folder / DESCRIPTION).unlink(missing_ok=True)
-    shutil.rmtree(folder / FROZEN, ignore_errors=True)   # of a start that was killed
     folder.mkdir(parents=True, exist_ok=True)
-    with Writer(folder / FROZEN) as writer:
-        for path, leaf in names.flatten(model.vae).items():
-            writer.add(f"vae.{path}", np.asarray(leaf))
-    _save_texts(folder, model.config, model.tokenizer, writer, None)
+    # No Orbax: it saves on all hosts of a run or on none, and one writes this.
+    leaves = {f"vae.{path}": np.asarray(leaf) for path, leaf in names.flatten(model.vae).items()}
+    write_tensors(folder, FROZEN, [Pending(name, leaf.shape, leaf.dtype) for name, leaf in leaves.items()],
+                  lambda asked: (leaves[name] for name, _ in asked))
+    dtypes = {"vae": {leaf.dtype.name for leaf in leaves.values()}}
+    digests = {name: digest(leaf) for name, leaf in leaves.items()}
+    _save_texts(folder, model.config, model.tokenizer, dtypes, digests)
 
 
 def load_stage_frozen(folder: str | pathlib.Path) -> Model:
     """What `save_stage_frozen` wrote; `params` is empty. Raises ValueError as `load_model` does."""
     folder = pathlib.Path(folder).absolute()
     config, description = load_description(folder)
-    slots = names.vae_slots(config.vae)
-    reader = Reader(folder / FROZEN, {f"vae.{slot.leaf}": slot.our_shape for slot in slots},
-                    description["sha256"])
-    (vae,) = join_leaves(reader.read(reader.leaves), {"vae": slots})
+    slots, files = names.vae_slots(config.vae), TensorFiles(folder, [FROZEN])
+    if files.faults:
+        raise ValueError(f"{str(folder)!r} is not whole or damaged: {'; '.join(files.faults)}")
+    leaves = {name: np.concatenate([block.copy() for block in found]).reshape(files.entries[name].shape)
+              for name, found in files.tensors()}
+    check_shapes(folder / FROZEN, leaves, {f"vae.{slot.leaf}": slot.our_shape for slot in slots})
+    check_digests(folder / FROZEN, leaves, description["sha256"])
+    (vae,) = join_leaves(leaves, {"vae": slots})
     return Model(config, load_tokenizer(folder, config), {}, vae)
 
 
@@ -234,13 +241,14 @@ def read_fields(cls: type, values: Any, *, where: str, **given: Any) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _save_texts(folder: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None, writer: Writer,
-                source: dict[str, Any] | None) -> None:
+def _save_texts(folder: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
+                dtypes: dict[str, set[str]], digests: dict[str, str], source: dict[str, Any] | None = None
+                ) -> None:
     if tokenizer is not None:
         tokenizer.save(str(folder / TOKENIZER))
     values = {"version": VERSION, "config": dataclasses.asdict(config),
-              "dtype": {part: " ".join(sorted(found)) for part, found in writer.dtypes.items()},
-              "source": source, "sha256": writer.digests}
+              "dtype": {part: " ".join(sorted(found)) for part, found in dtypes.items()},
+              "source": source, "sha256": digests}
     (folder / DESCRIPTION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -109,28 +109,25 @@ class Reader:
         self._folder, self._digests = folder.absolute(), digests
         if not folder.is_dir():
             raise ValueError(f"{str(folder.parent)!r} has no {folder.name}/; it is not whole")
-        with damage(self._folder):
+        with damage(self._folder), _alone():
             metadata = ocp.metadata(self._folder).metadata
             if metadata is None:
                 raise ValueError("Orbax cannot read its structure")
             self.leaves = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
                            for path, leaf in names.flatten(metadata).items()}
-        self._check(shapes)
+        check_shapes(self._folder, self.leaves, shapes)
 
     def read(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
         """These leaves. Raises ValueError naming every one whose bytes have changed."""
         # Orbax returns numpy arrays in place of numpy arrays; these stand-ins occupy no memory.
         like = {path: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
                 for path in paths for leaf in (self.leaves[path],)}
-        context = ocp.Context()
+        context = _alone()
         context.pytree.loading.partial_load = len(like) < len(self.leaves)
         with damage(self._folder), context:
             found = names.flatten(ocp.load(self._folder, names.unflatten(like)))
         # Orbax checks its own structure but not the values: a flipped bit there would go unseen.
-        changed = [path for path, leaf in found.items() if self._digests.get(path) != digest(leaf)]
-        if changed:
-            raise ValueError(f"{str(self._folder.parent)!r} is damaged; these parameters are not what was "
-                             f"written: {listing(changed)}")
+        check_digests(self._folder, found, self._digests)
         return found
 
     def in_turn(self, paths: Sequence[str]) -> Iterator[np.ndarray]:
@@ -158,18 +155,38 @@ class Reader:
             pieces.append(([*held, path], held_size + size))
         return pieces
 
-    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        both = [path for path in shapes if path in self.leaves]
-        faults = {
-            "missing": [path for path in shapes if path not in self.leaves],
-            "unknown": [path for path in self.leaves if path not in shapes],
-            "misshapen": [f"{path} {list(self.leaves[path].shape)}, expected {list(shapes[path])}"
-                          for path in both if self.leaves[path].shape != shapes[path]],
-            "wrongly typed": [f"{path} {self.leaves[path].dtype.name}, expected one of {' '.join(DTYPES)}"
-                              for path in both if self.leaves[path].dtype.name not in DTYPES]}
-        lines = [f"{kind}: {listing(group)}" for kind, group in faults.items() if group]
-        if lines:
-            raise ValueError(f"{str(self._folder)!r} does not fit its description:\n  " + "\n  ".join(lines))
+
+def _alone() -> ocp.Context:
+    """Orbax as one process uses it: it would wait until all hosts of a run read, and one may have failed."""
+    context = ocp.Context()
+    if jax.process_count() > 1:
+        me = jax.process_index()
+        context.multiprocessing.primary_host, context.multiprocessing.active_processes = me, {me}
+        context.multiprocessing.barrier_sync_key_prefix = f"alone_{me}"
+    return context
+
+
+def check_shapes(place: pathlib.Path, leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError naming every leaf that is missing, unknown, misshapen or wrongly typed."""
+    both = [path for path in shapes if path in leaves]
+    faults = {
+        "missing": [path for path in shapes if path not in leaves],
+        "unknown": [path for path in leaves if path not in shapes],
+        "misshapen": [f"{path} {list(leaves[path].shape)}, expected {list(shapes[path])}"
+                      for path in both if tuple(leaves[path].shape) != tuple(shapes[path])],
+        "wrongly typed": [f"{path} {leaves[path].dtype.name}, expected one of {' '.join(DTYPES)}"
+                          for path in both if leaves[path].dtype.name not in DTYPES]}
+    lines = [f"{kind}: {listing(group)}" for kind, group in faults.items() if group]
+    if lines:
+        raise ValueError(f"{str(place)!r} does not fit its description:\n  " + "\n  ".join(lines))
+
+
+def check_digests(place: pathlib.Path, leaves: Mapping[str, Any], digests: Mapping[str, Any]) -> None:
+    """Raises ValueError naming every leaf whose bytes are not those of its digest."""
+    changed = [path for path, leaf in leaves.items() if digests.get(path) != digest(leaf)]
+    if changed:
+        raise ValueError(f"{str(place.parent)!r} is damaged; these parameters are not what was written: "
+                         f"{listing(changed)}")
 
 
 def digest(array: Any) -> str:

@@ -90,6 +90,14 @@ def total_by_kind(collectives: Iterable[Collective]) -> dict[str, float]:
     return dict(totals)
 
 
+def total_by_group(collectives: Iterable[Collective]) -> dict[str, float]:
+    """The same by kind and by how many devices take part: "all-gather of 16"."""
+    totals: collections.Counter[str] = collections.Counter()
+    for each in collectives:
+        totals[f"{each.kind} of {each.group}"] += each.times * each.sent
+    return dict(totals)
+
+
 def measure_work(module: Module) -> Work:
     """See `Work`."""
     flops = traffic = 0.0

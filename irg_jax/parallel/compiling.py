@@ -10,7 +10,14 @@ from typing import Any
 
 import jax
 
-from irg_jax.parallel.collectives import Collective, Work, find_collectives, measure_work, total_by_kind
+from irg_jax.parallel.collectives import (
+    Collective,
+    Work,
+    find_collectives,
+    measure_work,
+    total_by_group,
+    total_by_kind,
+)
 from irg_jax.parallel.flops import Flops
 from irg_jax.parallel.hlo import Module
 from irg_jax.parallel.topologies import Chip, Topology
@@ -116,6 +123,8 @@ def summarize(report: Report, topology: Topology, useful: float, executed: Flops
         # Above 1 if chips do the same work: what the compiled program does on a chip, over its share.
         "replication": report.work.flops * chips / (executed.dot + executed.conv),
         "collective_gib": {kind: size / GIB for kind, size in total_by_kind(report.collectives).items()},
+        "collective_groups_gib": {name: size / GIB
+                                  for name, size in total_by_group(report.collectives).items()},
         "async_collectives": f"{sum(x.is_async for x in report.collectives)} of {len(report.collectives)}",
         "roofline_seconds": roofline,
         # The compiler leaves out what nobody reads, a thousandth: that makes no chip faster than its peak.

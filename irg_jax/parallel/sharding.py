@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -45,23 +45,39 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     Raises: ValueError if the axes do not multiply to the number of devices, or `data` to that of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, "
-                         f"there are {len(devices)}")
+    slices = len({slice_of(device) for device in devices})
+    sizes = mesh_sizes(config, len(devices), slices)
     # A mesh axis may be a part of a side of the torus, e.g. 8 of 4 x 4 x 4; `jax.make_mesh` refuses that.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes[0] % slices:
-        raise ValueError(f"mesh.data is {sizes[0]}; it must be a multiple of the {slices} slices, for what the "
-                         "other axes exchange every layer is too much for the network between them")
     grid = mesh_utils.create_hybrid_device_mesh(
         (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
     ) if slices > 1 else mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def slice_of(device: jax.Device) -> int:
+    """The slice that a TPU is a part of; other devices have none."""
+    return getattr(device, "slice_index", 0)
+
+
+def make_abstract_mesh(config: MeshConfig, num_devices: int, slices: int = 1) -> AbstractMesh:
+    """The same of devices that are not looked for. Raises: as `make_mesh`."""
+    return AbstractMesh(tuple(mesh_sizes(config, num_devices, slices)), MESH_AXES)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int, slices: int) -> list[int]:
+    """Devices along each axis. Raises: as `make_mesh`."""
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh {config}: sizes are positive, and at most one is -1")
+    sizes = [num_devices // known if size == -1 else size for size in sizes]
+    if math.prod(sizes) != num_devices:
+        raise ValueError(f"mesh {dict(zip(MESH_AXES, sizes))} needs {math.prod(sizes)} devices, "
+                         f"there are {num_devices}")
+    if sizes[0] % slices:
+        raise ValueError(f"mesh.data is {sizes[0]}; it must be a multiple of the {slices} slices, for what the "
+                         "other axes exchange every layer is too much for the network between them")
+    return sizes
 
 
 def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -1,9 +1,10 @@
 """The loop: restore, then fetch, step, log, save, until the last step or a signal.
 
-A stage folder RUN/<stage> holds `model.json`, `tokenizer.json` and `vae/` (what does not train),
+A stage folder RUN/<stage> holds `model.json`, `tokenizer.json` and `vae.safetensors` (what does not train),
 `checkpoints/`, `metrics.jsonl`, `tensorboard/` and `config.json`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -17,17 +18,20 @@ import jax
 import numpy as np
 import optax
 import tqdm
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.batch import PackedBatch, Rows
+from data_pipelines.fingerprints import digest_values
 from data_pipelines.pipeline import make_iterator
 from irg_jax.checkpoints.bundle import Bundles, latest_step
 from irg_jax.checkpoints.model import Model, save_stage_frozen
-from irg_jax.checkpoints.placement import load_frozen, load_onto
+from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.kernels.attention import TILE
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.parallel.hosts import Hosts
 from irg_jax.parallel.sharding import BATCH_AXES, make_mesh, param_shardings, replicated
 from irg_jax.training.metrics import MetricWriter
 from irg_jax.training.moments import check_moments
@@ -36,19 +40,27 @@ from irg_jax.training.step import TrainState, create_state, make_step
 
 
 class Interrupt:
-    """True once SIGTERM or SIGINT came: the loop then saves and ends."""
+    """Whether SIGTERM or SIGINT came, to this host or another: the loop then saves and ends.
 
-    def __init__(self):
-        self._set = False
+    Among several hosts, SIGTERM is left to JAX's coordination service, which tells them all and chooses a step
+    that none of them has passed.
+    """
 
-    def __bool__(self) -> bool:
-        return self._set
+    def __init__(self, hosts: Hosts):
+        self._several, self._set = hosts.count > 1, False
+
+    def reached(self, step: int) -> bool:
+        """To be asked before every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._set
 
     @contextlib.contextmanager
     def listen(self) -> Iterator["Interrupt"]:
         def handler(number, frame):
+            if self._several:
+                signal.raise_signal(signal.SIGTERM)
             self._set = True
-        before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, handler) for number in numbers}
         try:
             yield self
         finally:
@@ -132,14 +144,23 @@ def shard_moments(opt: optax.OptState, params: Any, scalar: Any) -> Any:
     return jax.tree_util.tree_map_with_path(find, opt)
 
 
-class Trainer:
-    """One stage: what is compiled, what is carried, where it is written."""
+def rows_here(packs: NamedSharding, count: int) -> list[int]:
+    """The packs of a step, of `count`, that this process's devices hold; others may hold them too."""
+    held = packs.addressable_devices_indices_map((count,)).values()
+    return sorted({row for (part,) in held for row in range(count)[part]})
 
-    def __init__(self, config: TrainConfig, workdir: pathlib.Path):
-        self.config, self.folder = config, workdir / config.stage
+
+class Trainer:
+    """One stage: what is compiled, what is carried, where it is written.
+
+    Made by every host by itself, which can fail on one; from `load` on all act together.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path, hosts: Hosts):
+        self.config, self.folder, self.hosts = config, workdir / config.stage, hosts
         self.start = latest_step(self.folder)
-        origin = self.folder if self.start else find_source(config, workdir)
-        source = load_frozen(origin)
+        self._origin = self.folder if self.start else find_source(config, workdir)
+        self._source = source = load_frozen(self._origin)
         check_model(config.data, source.config)
         check_moments(config.data, source)
         if source.tokenizer is None:
@@ -148,24 +169,34 @@ class Trainer:
         self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
         self.mesh = make_mesh(config.mesh)
         check_share(config, self.mesh)
-        self.data = make_iterator(config.data, source.tokenizer, start=self.start,
-                                  process_index=jax.process_index(), process_count=jax.process_count())
         self.optimizer = make_optimizer(config.optimizer, config.total_steps, self.model.shapes)
         self.placement = place(self.model, self.vae, self.optimizer, self.mesh)
-        self.vae_params = jax.device_put(to_float32(source.vae), self.placement.vae)
+        self.rows = rows_here(self.placement.batch.image_height, config.data.packs_per_step)
+        self.data = make_iterator(config.data, source.tokenizer, start=self.start, rows=self.rows,
+                                  keep_journal=hosts.is_first)
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on every host before they go on together."""
+        return {"workdir": str(self.folder.absolute()), "checkpoint step": str(self.start),
+                "data": digest_values(self.data.packs.fingerprint), "devices": name_devices()}
+
+    def load(self) -> None:
+        """Places parameters and state; all hosts do this together."""
         with contextlib.ExitStack() as undo:
             undo.callback(self.data.close)
-            params = None if self.start else load_onto(origin, self.placement.state.params)
+            self.vae_params = jax.tree.map(put, self._source.vae, self.placement.vae)
+            params = None if self.start else load_onto(self._origin, self.placement.state.params)
             # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
-            self.bundles = Bundles(self.folder, keep=config.keep)
+            self.bundles = Bundles(self.folder, keep=self.config.keep)
             undo.callback(self.bundles.close)
-            self.state = self._restore() if self.start else self._create(source, params)
+            self.state = self._restore() if self.start else self._create(params)
             undo.pop_all()
-        self.step = jax.jit(make_step(self.model, self.vae, config.step_config()), donate_argnums=0,
+        self.step = jax.jit(make_step(self.model, self.vae, self.config.step_config()), donate_argnums=0,
                             out_shardings=(self.placement.state, self.placement.scalar))
 
-    def _create(self, source: Model, params: Params) -> TrainState:
-        save_stage_frozen(self.folder, source)
+    def _create(self, params: Params) -> TrainState:
+        if self.hosts.is_first:
+            save_stage_frozen(self.folder, self._source)
         create = jax.jit(lambda params: create_state(params, self.optimizer),
                          out_shardings=self.placement.state)
         return create(params)
@@ -184,11 +215,21 @@ class Trainer:
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
-        return jax.tree.map(jax.make_array_from_process_local_data, self.placement.batch, batch)
+        places = {row: place for place, row in enumerate(self.rows)}
+        packs = self.config.data.packs_per_step
+
+        def put(sharding: NamedSharding, local: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                rows = range(packs)[index[0]]   # neighbours, and so they are in `local`
+                return local[places[rows[0]]:places[rows[-1]] + 1, *index[1:]]
+            return jax.make_array_from_callback((packs, *local.shape[1:]), sharding, part)
+        return jax.tree.map(put, self.placement.batch, batch)
 
 
-def to_float32(params: Params) -> Params:
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+def name_devices() -> str:
+    """This host's, e.g. "4 x TPU v5p"."""
+    kinds = collections.Counter(device.device_kind for device in jax.local_devices())
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def as_item(state: TrainState) -> dict[str, Any]:
@@ -196,41 +237,58 @@ def as_item(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt": state.opt}
 
 
-def count_tokens(batch: PackedBatch) -> int:
-    """Tokens of a batch that are not padding."""
-    return sum(int(np.sum(rows.last >= 0)) for rows in (batch.text_rows, batch.vit_rows, batch.latent_rows))
-
-
-def train(config: TrainConfig, workdir: pathlib.Path) -> int:
+def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None) -> int:
     """Runs a stage to its last step, or to a signal; returns the step reached.
 
+    Args: hosts are all processes of the run; the first of them writes logs and prints.
     Raises: ValueError for anything wrong with config, data or checkpoints, before the first step;
     FloatingPointError if a loss is not finite.
     """
-    trainer = Trainer(config, workdir)
-    if trainer.start >= config.total_steps:
-        print(f"{trainer.folder}: already at step {trainer.start} of {config.total_steps}", flush=True)
-        return trainer.start
-    (trainer.folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    writer = MetricWriter(trainer.folder, first_step=trainer.start)
-    with (Interrupt().listen() as interrupt, jax.set_mesh(trainer.mesh), contextlib.closing(writer),
-          contextlib.closing(trainer.data)):
-        step = run_steps(trainer, writer, interrupt)
-        trainer.save(step)
-        trainer.bundles.close()
+    hosts = hosts or Hosts()
+    with hosts.together() as facts:
+        trainer = Trainer(config, workdir, hosts)
+        facts |= trainer.facts()
+    with (Interrupt(hosts).listen() as interrupt, hosts.watching(), contextlib.closing(trainer.data),
+          jax.set_mesh(trainer.mesh)):
+        if trainer.start >= config.total_steps:
+            tell(hosts, f"{trainer.folder}: already at step {trainer.start} of {config.total_steps}")
+            return trainer.start
+        trainer.load()
+        step = fit(trainer, interrupt)
     if step < config.total_steps:
-        print(f"{trainer.folder}: stopped and saved at step {step}; the same command resumes", flush=True)
+        tell(hosts, f"{trainer.folder}: stopped and saved at step {step}; the same command resumes")
     return step
 
 
-def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> int:
+def fit(trainer: Trainer, interrupt: Interrupt) -> int:
+    """Steps, and the last checkpoint; the first of the hosts keeps the log."""
+    with contextlib.ExitStack() as closing:
+        closing.callback(trainer.bundles.close)
+        writer = None
+        if trainer.hosts.is_first:
+            config = json.dumps(dataclasses.asdict(trainer.config), indent=1)
+            (trainer.folder / "config.json").write_text(config)
+            writer = closing.enter_context(
+                contextlib.closing(MetricWriter(trainer.folder, first_step=trainer.start)))
+        step = run_steps(trainer, writer, interrupt)
+        trainer.save(step)
+    return step
+
+
+def tell(hosts: Hosts, sentence: str) -> None:
+    """Prints what concerns all hosts once."""
+    if hosts.is_first:
+        print(sentence, flush=True)
+
+
+def run_steps(trainer: Trainer, writer: MetricWriter | None, interrupt: Interrupt) -> int:
     """The loop itself. Metrics of a step are read after the next one is dispatched, so that reading
     them never stalls the device; saving comes after the step whose data it counts."""
     config, pending = trainer.config, None
     bar = tqdm.tqdm(total=config.total_steps, initial=trainer.start, desc=config.stage, unit="step",
-                    mininterval=1.0)
+                    mininterval=1.0, disable=writer is None)
     clock, step = time.perf_counter(), trainer.start
-    while step < config.total_steps and not interrupt:
+    while step < config.total_steps and not interrupt.reached(step):
         asked = time.perf_counter()
         batch = next(trainer.data)
         waited = time.perf_counter() - asked
@@ -239,7 +297,7 @@ def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> i
             clock = report(*pending, writer, bar, clock, config.log_every)
         data = trainer.data.counters | {"data_wait_seconds": waited}
         data |= {f"fill_{stream}": share for stream, share in trainer.data.fill(step).items()}
-        pending = (step, metrics, count_tokens(batch) * jax.process_count(), data)
+        pending = (step, metrics, data)
         step += 1
         if step % config.save_every == 0:
             trainer.save(step)
@@ -249,7 +307,7 @@ def run_steps(trainer: Trainer, writer: MetricWriter, interrupt: Interrupt) -> i
     return step
 
 
-def report(step: int, metrics: dict[str, Any], tokens: int, data: dict[str, float], writer: MetricWriter,
+def report(step: int, metrics: dict[str, Any], data: dict[str, float], writer: MetricWriter | None,
            bar: tqdm.tqdm, clock: float, log_every: int) -> float:
     """Writes one step's line; returns the time it was known."""
     values = {name: float(value) for name, value in metrics.items()}
@@ -257,8 +315,8 @@ def report(step: int, metrics: dict[str, Any], tokens: int, data: dict[str, floa
     if not np.isfinite(values["loss"]):
         raise FloatingPointError(f"step {step}: loss is {values['loss']} (ce {values['ce']}, mse "
                                  f"{values['mse']}); the last checkpoint is from before this step")
-    values |= {"tokens_per_second": tokens / (now - clock), "step_seconds": now - clock} | data
-    if step % log_every == 0:
+    values |= {"tokens_per_second": values.pop("tokens") / (now - clock), "step_seconds": now - clock} | data
+    if writer and step % log_every == 0:
         writer.write(step, values)
     bar.update()
     bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.4f}", refresh=False)

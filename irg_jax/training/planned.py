@@ -1,6 +1,7 @@
 """What planned packs hold, and the work that is in them: the part of a step's operations that nobody can save.
 
-Packs are planned from simulated lengths (`data_pipelines.simulation`), by the planner that training uses.
+Packs are planned from real costs or simulated ones (`data_pipelines.simulation`), by the planner that training
+uses.
 """
 
 import dataclasses
@@ -40,13 +41,16 @@ class Planned:
     visited_ratio: float   # the same if tiles with a pair count as a whole
 
 
-def plan_packs(config: DataConfig, *, packs: int = 16, tile: int = 512) -> Planned:
+def plan_packs(config: DataConfig, *, tables: dict[str, CostTable] | None = None, packs: int = 16,
+               tile: int = 512) -> Planned:
     """Plans packs of the config's mixture and budgets.
 
-    Args: tile is the side of an attention kernel's tiles, in tokens.
+    Args:
+        tables: the costs of each group; simulated if left out.
+        tile: side of an attention kernel's tiles, in tokens.
     Raises: ValueError if a group is none of the simulated modes.
     """
-    tables = simulate(config, records=RECORDS)
+    tables = tables or simulate(config, records=RECORDS)
     planner = Planner(config, tables)
     return _mean([measure_pack(lay_out(planner[index], config, tables), tile) for index in range(packs)])
 

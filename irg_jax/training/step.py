@@ -75,8 +75,9 @@ def make_gradient(model: Functional, config: StepConfig) -> Callable:
         if config.accumulate == 1:
             (_, losses), grads = value_and_grad(params, batch, flow, totals)
             return losses, grads
-        parts = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]),
-                             (batch, flow))
+        # Every n-th pack: a part is then spread over all devices as the whole is, and nothing moves.
+        split = lambda x: x.reshape(len(x) // config.accumulate, config.accumulate, *x.shape[1:])
+        parts = jax.tree.map(lambda x: split(x).swapaxes(0, 1), (batch, flow))
 
         def add(total, part):
             (_, losses), grads = value_and_grad(params, *part, totals)
@@ -112,7 +113,10 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
         noise = jax.random.normal(key_noise, latent.shape, jnp.float32)
         flow = make_flow(batch, latent, noise, config.loss.timestep_shift)
         (ce, mse), grads = gradient(state.params, batch, flow)
+        streams = (batch.text_rows, batch.vit_rows, batch.latent_rows)
+        tokens = sum(jnp.sum(rows.last >= 0) for rows in streams)   # without padding
         metrics = {"loss": config.loss.ce_weight * ce + config.loss.mse_weight * mse, "ce": ce, "mse": mse,
+                   "tokens": tokens,
                    "learning_rate": rate(state.step), "grad_norm": optax.tree.norm(grads)}
         return update(state, grads), metrics
     return step
