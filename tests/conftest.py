@@ -11,7 +11,9 @@ os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    "--xla_cpu_collective_timeout_seconds=600"])
+    "--xla_cpu_collective_timeout_seconds=600",
+    # Most of the tests' time is compilation; what a program computes is the same.
+    "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
