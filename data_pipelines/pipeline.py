@@ -192,6 +192,7 @@ class BatchIterator:
 
     def __init__(self, packs: Packs, *, start: int, rows: Sequence[int]):
         self.packs = packs
+        self.faults: tuple[Fault, ...] = ()    # of the last batch
         self._share = Share(packs, rows)
         self._readers: list[grain.DatasetIterator] = []  # the one in use
         weakref.finalize(self, _stop, self._readers)     # at the latest when Python ends
@@ -208,6 +209,7 @@ class BatchIterator:
             if death := explain_death(error):
                 raise death from error
             raise
+        self.faults = faults
         for fault in faults:
             self.packs.bad.add(fault)
         self._step += 1

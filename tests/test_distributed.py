@@ -3,14 +3,17 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from data_cases import write_rows
 from irg_jax.checkpoints.bundle import latest_step
 from irg_jax.checkpoints.model import load_model
 from test_hosts import free_port
@@ -133,6 +136,37 @@ def test_two_slices_train_alike_and_another_topology_resumes(stage, alone, tmp_p
 def test_slices_that_do_not_fit_the_mesh_are_refused(stage, tmp_path):
     done = launch(stage, tmp_path, 2, 1, *mesh(fsdp=2), script=SLICES)
     assert all(code == 1 and "multiple of the 2 slices" in output for code, output in done), done
+
+
+@pytest.mark.slow
+def test_bad_records_of_all_hosts_are_counted_and_limited_by_the_first(stage, tmp_path):
+    """Four of twelve records have no pixels; hosts read packs of their own, and the limit is one for all."""
+    source = tmp_path / "data"
+    shutil.copytree(stage.parent / "data", source)
+    for file in sorted((source / "train" / "full").glob("*.parquet")):
+        rows = pyarrow.parquet.read_table(file)["conversation"].to_pylist()
+        write_rows(file, [row if index % 3 else spoil(row) for index, row in enumerate(rows)])
+    line = (*mesh(fsdp=2), f"--config.data.source={source}")
+    alone = launch(stage, tmp_path / "alone", 1, 2, *line, "--config.data.max_bad_share=0.5")
+    done = launch(stage, tmp_path / "both", 2, 1, *line, "--config.data.max_bad_share=0.5")
+    assert all(code == 0 for code, _ in alone + done), (alone, done)
+    assert bad_images(tmp_path / "both") == bad_images(tmp_path / "alone") == 4
+    done = launch(stage, tmp_path / "few", 2, 1, *line, "--config.data.max_bad_share=0.25")
+    assert all(code == 1 and "more than the 3 of 12" in output for code, output in done), done
+
+
+def spoil(row: str) -> str:
+    """The same record, its first image cut short."""
+    record = json.loads(row)
+    part = next(part for turn in record if isinstance(turn["content"], list)
+                for part in turn["content"] if part["type"] == "image")
+    part["content"] = part["content"][:len(part["content"]) // 8 * 4]
+    return json.dumps(record)
+
+
+def bad_images(workdir) -> int:
+    """As the last line of the log counts them."""
+    return json.loads((workdir / "stage1" / "metrics.jsonl").read_text().splitlines()[-1])["bad_image"]
 
 
 # ---- what ends a start -----------------------------------------------------------------------------

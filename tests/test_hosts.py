@@ -160,6 +160,18 @@ def test_a_late_host_is_told_of_while_it_is_waited_for(monkeypatch, capsys):
     assert "host 0 (" in capsys.readouterr().err.partition("waiting for host 1")[0]
 
 
+def test_notes_reach_the_first_host_and_all_end_together():
+    def work(host):
+        with host.watching():
+            for number in range(50):
+                host.note([host.index, number])
+        return host.notes()
+    with together(3) as hosts:
+        found = at_once(*[lambda host=host: work(host) for host in hosts])
+    assert sorted(found[0]) == [[index, number] for index in (1, 2) for number in range(50)]
+    assert found[1] == found[2] == [] and Hosts().notes() == []
+
+
 # ---- where a process stands ------------------------------------------------------------------------
 
 SLURM = {"SLURM_JOB_ID": "65", "SLURM_STEP_NODELIST": "gpu[08-09],login", "SLURM_NTASKS": "3",

@@ -13,8 +13,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import queue
 import re
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -119,7 +120,12 @@ class Link:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _ALIVE:   # a machine that lost its power says no goodbye
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._file = connection.makefile("rb")
+        self._buffer = b""
+
+    @property
+    def has_line(self) -> bool:
+        """Whether a message is here already, so that the socket has nothing to tell."""
+        return b"\n" in self._buffer
 
     def send(self, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):   # who is gone is noticed where it is read
@@ -129,13 +135,18 @@ class Link:
         """The next message; None if the other end is gone, silent for `timeout` seconds, or says nonsense."""
         try:
             self.socket.settimeout(timeout)
-            message = json.loads(self._file.readline(_LONGEST))
+            while not self.has_line:
+                part = self.socket.recv(2**16)
+                if not part or len(self._buffer) > _LONGEST:
+                    return None
+                self._buffer += part
+            line, _, self._buffer = self._buffer.partition(b"\n")
+            message = json.loads(line)
         except (OSError, ValueError):
             return None
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        self._file.close()
         self.socket.close()
 
 
@@ -146,6 +157,7 @@ class Hosts:
         """Args: links of process 0 lead to every other, and of any other to process 0."""
         self.index, self.names = index, tuple(names) or (socket.gethostname(),)
         self._links = dict(links or {})
+        self._notes: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     @property
     def count(self) -> int:
@@ -217,13 +229,32 @@ class Hosts:
     def _watch(self) -> None:
         watched = {link.socket: index for index, link in self._links.items()}
         while watched:
-            for ready in select.select(list(watched), [], [])[0]:
-                index = watched.pop(ready)
-                message = self._links[index].receive()
+            for ready in _wait(list(watched)):
+                index = watched[ready]
+                while message := self._links[index].receive():
+                    if "note" in message:
+                        self._notes.put(message["note"])
+                    if not self._links[index].has_line:
+                        break
                 if message is None or "fault" in message:
                     sentence = (message or {}).get("fault") or f"{self.name(index)} ended; see the log there"
                     self._tell({"fault": sentence})
                     self._end(sentence)
+                if "done" in message:
+                    del watched[ready]
+
+    def note(self, value: Any) -> None:
+        """Tells host 0 something, JSON, while it is `watching`; it finds it in `notes`."""
+        if not self.is_first:
+            self._links[0].send({"note": value})
+
+    def notes(self) -> list[Any]:
+        """What others have told since it was last asked, without waiting."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._notes.get_nowait())
+        return found
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         for link in self._links.values():
@@ -236,7 +267,7 @@ class Hosts:
 
     def _hear(self, index: int) -> dict[str, Any] | None:
         link = self._links[index]
-        while not select.select([link.socket], [], [], _SILENT)[0]:
+        while not (link.has_line or _wait([link.socket], _SILENT)):
             print(f"{self.name(self.index)}: waiting for {self.name(index)}", file=sys.stderr, flush=True)
         return link.receive()
 
@@ -262,6 +293,14 @@ class Hosts:
     def close(self) -> None:
         for link in self._links.values():
             link.close()
+
+
+def _wait(sockets: list[socket.socket], timeout: float | None = None) -> list[socket.socket]:
+    """Those with something to read. Not by `select`, which knows a thousand at most."""
+    with selectors.DefaultSelector() as selector:
+        for each in sockets:
+            selector.register(each, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(timeout)]
 
 
 def meet(place: Place, timeout: float) -> Hosts:

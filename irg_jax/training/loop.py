@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.batch import PackedBatch, Rows
+from data_pipelines.faults import Fault
 from data_pipelines.fingerprints import digest_values
 from data_pipelines.pipeline import make_iterator
 from irg_jax.checkpoints.bundle import Bundles, latest_step
@@ -213,6 +214,18 @@ class Trainer:
         self.bundles.save(step, state=as_item(self.state), ema=self.state.ema,
                           position=self.data.position(step))
 
+    def next_batch(self) -> PackedBatch:
+        """This process's packs of the next step. Host 0 counts what is bad on any of them, and names it.
+
+        Raises: ValueError if it is more than is allowed.
+        """
+        batch = next(self.data)
+        for fault in self.data.faults:
+            self.hosts.note(fault)
+        for fault in self.hosts.notes():
+            self.data.packs.bad.add(Fault(*fault))
+        return batch
+
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
         places = {row: place for place, row in enumerate(self.rows)}
@@ -290,7 +303,7 @@ def run_steps(trainer: Trainer, writer: MetricWriter | None, interrupt: Interrup
     clock, step = time.perf_counter(), trainer.start
     while step < config.total_steps and not interrupt.reached(step):
         asked = time.perf_counter()
-        batch = next(trainer.data)
+        batch = trainer.next_batch()
         waited = time.perf_counter() - asked
         trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
         if pending is not None:
