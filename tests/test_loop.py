@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -97,6 +98,21 @@ def test_stage_two_starts_from_the_ema_of_stage_one(undisturbed, base):
     train(config(base, stage="stage2", init_from="stage1:ema", total_steps=1, optimizer=still), base / "run")
     one, two = (load_model(base / "run" / stage).params for stage in ("stage1", "stage2"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, two)
+
+
+def test_a_damaged_checkpoint_is_not_used_and_the_run_goes_on_from_the_one_before(undisturbed, base, caplog):
+    shutil.copytree(base / "run" / "stage1", base / "damaged" / "stage1")
+    newest = base / "damaged" / "stage1" / "checkpoints" / "5"
+    files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+    data = max(files, key=lambda path: path.stat().st_size)
+    whole = bytearray(data.read_bytes())
+    whole[len(whole) // 2] ^= 4
+    data.write_bytes(whole)
+    assert train(config(base), base / "damaged") == 5
+    assert "checkpoints/5 is not used: state/" in caplog.text and (newest.parent / "5.bad").is_dir()
+    assert metrics(base / "damaged" / "stage1") == undisturbed
+    one, other = (load_model(base / run / "stage1").params for run in ("run", "damaged"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_other_data_on_resume_are_refused(undisturbed, base):

@@ -1,20 +1,22 @@
 """The training checkpoint: state and data position as one bundle, by Orbax.
 
-STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and `position`. A step is
-visible only when it is complete: Orbax writes under a temporary name and renames.
+STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and `position`, and the digests of
+their files (`seals`). A step counts once it is sealed: Orbax writes under a temporary name and renames, and only
+then are its files read once more.
 """
 
 import pathlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from irg_jax.checkpoints.seals import SEAL, find_faults, seal, steps_of
 from irg_jax.models.functional import Params
 
 FOLDER = "checkpoints"
 _PART_BYTES = 2**22
-_COMPLETE = "commit_success.txt"   # Orbax's last file
 
 
 class Bundles:
@@ -24,6 +26,8 @@ class Bundles:
         self._checkpointer = ocp.training.Checkpointer(
             stage.absolute() / FOLDER, cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep) if keep else None)
+        self._folder, self._sealing = stage.absolute() / FOLDER, ThreadPoolExecutor(1)
+        self._seals: list[Future] = []
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -42,8 +46,14 @@ class Bundles:
         context.array.saving.min_slice_bytes_for_replica_parallel = _PART_BYTES
         # Orbax's own policy would drop a save that is asked for while another is under way.
         with context:
-            self._checkpointer.save_checkpointables_async(
+            saved = self._checkpointer.save_checkpointables_async(
                 step, {"state": state, "ema": ema, "position": position}, force=True)
+        if jax.process_index() == 0:
+            self._seals.append(self._sealing.submit(self._seal, step, saved))
+
+    def _seal(self, step: int, saved: ocp.AsyncResponse[None]) -> None:
+        saved.result()
+        seal(self._folder / str(step))
 
     def restore(self, step: int, *, state: Any, ema: Params) -> dict[str, Any]:
         """Items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""
@@ -51,17 +61,20 @@ class Bundles:
             step, {"state": state, "ema": ema, "position": None})
 
     def close(self) -> None:
-        """Waits for saves under way."""
+        """Waits for saves under way. Raises: what went wrong in one of them."""
         self._checkpointer.close()
+        self._sealing.shutdown()
+        for sealed in self._seals:
+            sealed.result()
 
 
 def latest_step(stage: pathlib.Path) -> int:
-    """The newest complete step of a stage; 0 if there is none, and nothing is made.
+    """The newest sealed step of a stage; 0 if there is none, and nothing is made.
 
     By names alone: Orbax would wait for other processes, which may see another folder.
     """
-    found = (stage / FOLDER).glob(f"*/{_COMPLETE}")
-    return max((int(path.parent.name) for path in found if path.parent.name.isdecimal()), default=0)
+    folder = stage / FOLDER
+    return next((step for step in steps_of(folder) if (folder / str(step) / SEAL).exists()), 0)
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:
@@ -69,16 +82,19 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
 
     Args: shapes is the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to
         the first device.
-    Raises: ValueError if the stage has no complete checkpoint.
+    Raises: ValueError if the stage has no complete checkpoint, or the newest is not what was written.
     """
     folder = pathlib.Path(stage).absolute() / FOLDER
     if not folder.is_dir():
         raise ValueError(f"{stage} has no {FOLDER} folder; train the stage first")
+    step = latest_step(pathlib.Path(stage))
+    if not step:
+        raise ValueError(f"{folder} holds no complete checkpoint yet")
+    if faults := find_faults(folder / str(step)):
+        raise ValueError(f"{folder / str(step)} is damaged: {'; '.join(faults[:3])}; remove it, and the one "
+                         "before is taken")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
     with ocp.training.Checkpointer(folder) as checkpointer:
-        if checkpointer.latest is None:
-            raise ValueError(f"{folder} holds no complete checkpoint yet")
-        step = checkpointer.latest.step
         return checkpointer.load_checkpointables(step, {"ema": abstract})["ema"], step

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 import signal
 import time
@@ -25,9 +26,11 @@ from data_pipelines.batch import PackedBatch, Rows
 from data_pipelines.faults import Fault
 from data_pipelines.fingerprints import digest_values
 from data_pipelines.pipeline import make_iterator
+from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.bundle import Bundles, latest_step
 from irg_jax.checkpoints.model import Model, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
+from irg_jax.checkpoints.seals import set_bad_aside
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.kernels.attention import TILE
 from irg_jax.models.functional import Functional, Params
@@ -258,6 +261,9 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
     FloatingPointError if a loss is not finite.
     """
     hosts = hosts or Hosts()
+    with hosts.together():
+        for sentence in set_bad_aside(workdir / config.stage / BUNDLES) if hosts.is_first else ():
+            logging.error("%s", sentence)
     with hosts.together() as facts:
         trainer = Trainer(config, workdir, hosts)
         facts |= trainer.facts()

@@ -1,0 +1,112 @@
+"""A bundle that is not what was written is never restored: files flipped, cut, lengthened, lost or added."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from irg_jax.checkpoints.bundle import Bundles, latest_step, restore_ema
+from irg_jax.checkpoints.seals import SEAL, find_faults, seal, set_bad_aside, steps_of
+
+EMA = {"a": jnp.arange(3000, dtype=jnp.float32), "b": {"c": jnp.ones((7, 5))}}
+SHAPES = jax.eval_shape(lambda: EMA)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> pathlib.Path:
+    """A stage with the steps 1 and 2."""
+    stage = tmp_path_factory.mktemp("sealed") / "stage1"
+    bundles = Bundles(stage, keep=5)
+    for step in (1, 2):
+        bundles.save(step, state={"step": jnp.int32(step)}, position={"next_step": step},
+                     ema=jax.tree.map(lambda x: x * step, EMA))
+    bundles.close()
+    return stage
+
+
+@pytest.fixture
+def stage(written, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(written, tmp_path / "stage1"))
+
+
+def files_of(step: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def test_what_is_sound_is_restored(stage):
+    folder = stage / "checkpoints"
+    assert steps_of(folder) == [2, 1] and latest_step(stage) == 2
+    assert find_faults(folder / "2") == [] and set_bad_aside(folder) == []
+    ema, step = restore_ema(stage, SHAPES)
+    assert step == 2
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other * 2), ema, EMA)
+
+
+def test_every_region_of_every_file_is_watched(stage):
+    """Flipped at many places, cut, lengthened, lost: always found, and the step before is taken."""
+    folder, cases = stage / "checkpoints", 0
+    for path in files_of(folder / "2"):
+        whole = path.read_bytes()
+        places = {len(whole) * part // 6 for part in range(6)} | {len(whole) - 1} if whole else set()
+        flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:] for at in sorted(places)]
+        for spoiled in (*flipped, whole[:len(whole) // 2] if whole else None, whole + b"\0", None):
+            if spoiled is None:
+                path.unlink()
+            else:
+                path.write_bytes(spoiled)
+            cases += 1
+            assert find_faults(folder / "2"), (path, spoiled)
+            if (folder / "2" / SEAL).exists():
+                with pytest.raises(ValueError, match="is damaged: "):
+                    restore_ema(stage, SHAPES)
+            else:   # a step without its seal is no step
+                assert restore_ema(stage, SHAPES)[1] == 1
+            path.write_bytes(whole)
+    assert cases >= 200 and find_faults(folder / "2") == []
+
+
+def test_a_bad_step_is_set_aside_and_the_one_before_restored(stage):
+    folder = stage / "checkpoints"
+    data = max(files_of(folder / "2" / "ema"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    [sentence] = set_bad_aside(folder)
+    assert "is not used" in sentence and "has changed since it was sealed" in sentence and "2.bad" in sentence
+    assert steps_of(folder) == [1] and latest_step(stage) == 1 and (folder / "2.bad").is_dir()
+    assert restore_ema(stage, SHAPES)[1] == 1
+    bundles = Bundles(stage, keep=5)      # Orbax minds neither the folder set aside nor the step again
+    bundles.save(2, state={"step": jnp.int32(2)}, position={"next_step": 2}, ema=EMA)
+    bundles.close()
+    assert find_faults(folder / "2") == [] and latest_step(stage) == 2
+    (folder / "2" / SEAL).unlink()
+    assert "was not sealed" in set_bad_aside(folder)[0] and (folder / "2.bad.1").is_dir()
+
+
+def test_a_file_that_was_added_is_found(stage):
+    (stage / "checkpoints" / "2" / "ema" / "d" / "more").write_bytes(b"x")
+    assert find_faults(stage / "checkpoints" / "2") == ["ema/d/more was not there when it was sealed"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}', "\xff"])
+def test_a_seal_that_says_nothing_is_a_fault(stage, text):
+    (stage / "checkpoints" / "2" / SEAL).write_text(text, encoding="latin-1")
+    assert find_faults(stage / "checkpoints" / "2")
+
+
+def test_a_seal_is_whole_or_absent(stage, monkeypatch):
+    step = stage / "checkpoints" / "2"
+    (step / SEAL).unlink()
+    monkeypatch.setattr(pathlib.Path, "rename", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seal(step)
+    assert not (step / SEAL).exists() and "was not sealed" in find_faults(step)[0]
+    monkeypatch.undo()
+    seal(step)
+    assert find_faults(step) == [] and json.loads((step / SEAL).read_text())
+
+
+def test_no_stage_no_step(tmp_path):
+    assert latest_step(tmp_path / "none") == 0 and set_bad_aside(tmp_path / "none") == []
