@@ -4,10 +4,10 @@
 
 Start: as many processes at once as there are hosts, each of which opens a built data set of so many records of
 short texts, plans, and reads its own pack; until the last has its first batch. Python's imports are paid for
-once (`forkserver`), as each host of a pod has cores of its own. Load: what each host's packs hold over the steps,
-planned from the simulated lengths of IRGL-300K in the mixture of stage 1. Every pack has the same static shape,
-so only the pairs of attention and the reading can differ at all. Planning and data only: no device. Prints one
-JSON object last and writes it to benchmarks/results/hosts.json.
+once (`forkserver`), as each host of a pod has cores of its own. Load: what each host's packs hold over the
+steps, planned from the simulated lengths of IRGL-300K in the mixture of stage 1. Every pack has the same static
+shape, so only the pairs of attention and the reading can differ at all. Planning and data only: no device.
+Prints one JSON object last and writes it to benchmarks/results/hosts.json.
 """
 
 import dataclasses
