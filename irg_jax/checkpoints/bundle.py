@@ -1,8 +1,8 @@
 """The training checkpoint: state and data position as one bundle, by Orbax.
 
-STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and `position`, and the digests of
-their files (`seals`). A step counts once it is sealed: Orbax writes under a temporary name and renames, then its
-files are read once more.
+STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and `position`, and the digests
+of their files (`seals`). A step counts once it is sealed: Orbax writes under a temporary name and renames,
+then its files are read once more.
 """
 
 import pathlib
