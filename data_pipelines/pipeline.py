@@ -109,6 +109,14 @@ class Packs:
             if hasattr(source, "fetch"):
                 source.fetch(records[name])
 
+    def place(self, entry: Entry) -> str:
+        """A planned record for a person: its group, its number there, and where that is."""
+        try:
+            where = self._sources[entry.group][entry.index].place
+        except ValueError as error:
+            where = str(error)
+        return f"{entry.group} {entry.index} ({where})"
+
     def empty(self, count: int) -> PackedBatch:
         """`count` packs of nothing but padding."""
         return empty_pack(self.config, self._layout, lead=(count,))
@@ -262,6 +270,11 @@ class BatchIterator:
         used = np.sum([self.packs.planner[index].cost for index in indices], axis=0)
         full = np.maximum(np.array(budget(self.packs.config)) * len(indices), 1)
         return dict(zip(Cost._fields, (used / full).tolist()))
+
+    def records(self, step: int) -> list[str]:
+        """The records of a step, of all processes: group, number in it, and place if it can be read."""
+        entries = [entry for index in self._packs_of(step) for entry in self.packs.planner[index].entries]
+        return [self.packs.place(entry) for entry in entries]
 
     @property
     def counters(self) -> dict[str, int]:

@@ -52,6 +52,7 @@ class TrainConfig:
     save_every: int = 1000           # steps between checkpoints; the last step is always saved
     keep: int = 2                    # checkpoints kept
     log_every: int = 1               # steps between lines of metrics.jsonl
+    max_skipped: int = 3             # steps in a row whose loss or gradient is not finite; they change nothing
 
     def __post_init__(self):
         if not self.stage or "/" in self.stage or self.stage in (".", ".."):
@@ -60,7 +61,7 @@ class TrainConfig:
             raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
         if self.remat not in REMAT:
             raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT)}")
-        for name in ("total_steps", "save_every", "keep", "log_every", "accumulate"):
+        for name in ("total_steps", "save_every", "keep", "log_every", "accumulate", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         if self.data.packs_per_step % self.accumulate:

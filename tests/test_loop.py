@@ -18,9 +18,9 @@ from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MeshConfig
-from irg_jax.training import loop
 from irg_jax.training.loop import train
 from irg_jax.training.losses import LossConfig
+from irg_jax.training.metrics import Progress
 from irg_jax.training.optimizer import OptimizerConfig
 
 
@@ -70,12 +70,12 @@ def test_losses_fall_into_the_log(undisturbed, base):
 
 
 def test_a_signal_saves_and_the_same_command_resumes_bit_for_bit(undisturbed, base, monkeypatch):
-    report = loop.report
-    def report_then_signal(step, *args):
+    tell = Progress.tell
+    def tell_then_signal(self, step, *args):
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return report(step, *args)
-    monkeypatch.setattr(loop, "report", report_then_signal)
+        tell(self, step, *args)
+    monkeypatch.setattr(Progress, "tell", tell_then_signal)
     reached = train(config(base), base / "interrupted")
     assert 1 < reached < 5
     monkeypatch.undo()
@@ -143,7 +143,13 @@ def test_packs_that_cannot_be_dealt_are_refused(base):
         train(config(base, mesh=MeshConfig()), base / "refused")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(base):
+def test_steps_that_are_not_finite_change_nothing_and_too_many_stop_the_run(base, caplog):
     broken = OptimizerConfig(learning_rate=1e30, clip=1e30)
-    with pytest.raises(FloatingPointError, match="loss is"):
-        train(config(base, optimizer=broken, total_steps=20), base / "broken")
+    with pytest.raises(FloatingPointError, match=r"in 2 steps in a row .* full \d+ \(.*parquet.*row") as told:
+        train(config(base, optimizer=broken, total_steps=20, max_skipped=2), base / "broken")
+    log = (base / "broken" / "stage1" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["step"] for line in lines] == list(range(len(lines))) and len(lines) < 5
+    assert all(np.isfinite(line["loss"]) and line["skipped_steps"] == 0 for line in lines)
+    assert caplog.text.count("changed nothing: loss is") == 2
+    assert f"at step {len(lines) + 1};" in str(told.value)

@@ -69,6 +69,21 @@ def single():
     return run(MeshConfig(), 1, CONFIG)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_leaves_all_but_its_number(bad):
+    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.total_steps, NETWORK.shapes)
+    step = jax.jit(make_step(NETWORK, VAE, CONFIG))
+    vae, batch = VAE.init(1), make_batch(2, 0)
+    state, metrics = step(create_state(NETWORK.init(0), optimizer), vae, batch)
+    assert metrics["finite"]
+    after, metrics = step(state, vae, batch._replace(text_weight=np.where(batch.text_weight > 0, bad, 0)))
+    assert not metrics["finite"] and after.step == state.step + 1
+    for part in ("params", "opt", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
+    sound, metrics = step(after, vae, batch)     # and goes on from there
+    assert metrics["finite"] and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(sound))
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2),
                                   MeshConfig(fsdp=2, context=2), MeshConfig(fsdp=1, context=4)])
 def test_any_mesh_gives_the_same_steps(single, mesh):

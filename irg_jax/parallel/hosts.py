@@ -29,7 +29,8 @@ import jax
 _LONGEST = 2**20         # bytes of a message
 _NOTICE = 5              # seconds in which the connection of a host that died tells so
 _SILENT = 60             # seconds of waiting after which it is told who is waited for
-_ALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+# A machine that lost its power says no goodbye. macOS has other names for these, and its own two hours.
+_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,9 @@ class Link:
     def __init__(self, connection: socket.socket):
         self.socket = connection
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _ALIVE:   # a machine that lost its power says no goodbye
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        for option, value in _ALIVE.items():
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
         self._buffer = b""
 
     @property
@@ -234,7 +236,7 @@ class Hosts:
                 while message := self._links[index].receive():
                     if "note" in message:
                         self._notes.put(message["note"])
-                    if not self._links[index].has_line:
+                    if "note" not in message or not self._links[index].has_line:
                         break
                 if message is None or "fault" in message:
                     sentence = (message or {}).get("fault") or f"{self.name(index)} ended; see the log there"
@@ -312,8 +314,9 @@ def meet(place: Place, timeout: float) -> Hosts:
 def _gather(place: Place, deadline: float, timeout: float) -> Hosts:
     names, links, fault = {0: socket.gethostname()}, {}, ""
     try:
-        server = socket.create_server(("", place.meeting_point[1]), backlog=place.count,
-                                      family=socket.AF_INET6, dualstack_ipv6=True)
+        both = socket.has_dualstack_ipv6()
+        server = socket.create_server(("", place.meeting_point[1]), backlog=place.count, dualstack_ipv6=both,
+                                      family=socket.AF_INET6 if both else socket.AF_INET)
     except OSError as error:
         raise ValueError(f"port {place.meeting_point[1]}, one below the coordinator's, cannot be listened on "
                          f"({error}); is another run alive? Choose another --coordinator_address") from error

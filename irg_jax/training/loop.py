@@ -37,7 +37,7 @@ from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.hosts import Hosts
 from irg_jax.parallel.sharding import BATCH_AXES, make_mesh, param_shardings, replicated
-from irg_jax.training.metrics import MetricWriter
+from irg_jax.training.metrics import MetricWriter, Progress
 from irg_jax.training.moments import check_moments
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.step import TrainState, create_state, make_step
@@ -306,14 +306,16 @@ def run_steps(trainer: Trainer, writer: MetricWriter | None, interrupt: Interrup
     config, pending = trainer.config, None
     bar = tqdm.tqdm(total=config.total_steps, initial=trainer.start, desc=config.stage, unit="step",
                     mininterval=1.0, disable=writer is None)
-    clock, step = time.perf_counter(), trainer.start
+    progress = Progress(bar, writer, log_every=config.log_every, max_skipped=config.max_skipped,
+                        records=trainer.data.records)
+    step = trainer.start
     while step < config.total_steps and not interrupt.reached(step):
         asked = time.perf_counter()
         batch = trainer.next_batch()
         waited = time.perf_counter() - asked
         trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
         if pending is not None:
-            clock = report(*pending, writer, bar, clock, config.log_every)
+            progress.tell(*pending)
         data = trainer.data.counters | {"data_wait_seconds": waited}
         data |= {f"fill_{stream}": share for stream, share in trainer.data.fill(step).items()}
         pending = (step, metrics, data)
@@ -321,22 +323,6 @@ def run_steps(trainer: Trainer, writer: MetricWriter | None, interrupt: Interrup
         if step % config.save_every == 0:
             trainer.save(step)
     if pending is not None:
-        report(*pending, writer, bar, clock, config.log_every)
+        progress.tell(*pending)
     bar.close()
     return step
-
-
-def report(step: int, metrics: dict[str, Any], data: dict[str, float], writer: MetricWriter | None,
-           bar: tqdm.tqdm, clock: float, log_every: int) -> float:
-    """Writes one step's line; returns the time it was known."""
-    values = {name: float(value) for name, value in metrics.items()}
-    now = time.perf_counter()
-    if not np.isfinite(values["loss"]):
-        raise FloatingPointError(f"step {step}: loss is {values['loss']} (ce {values['ce']}, mse "
-                                 f"{values['mse']}); the last checkpoint is from before this step")
-    values |= {"tokens_per_second": values.pop("tokens") / (now - clock), "step_seconds": now - clock} | data
-    if writer and step % log_every == 0:
-        writer.write(step, values)
-    bar.update()
-    bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.4f}", refresh=False)
-    return now

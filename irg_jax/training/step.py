@@ -100,7 +100,8 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
     """Builds `step(state, vae_params, batch) -> (state, metrics)`, to be jitted with donation of state.
 
     Noise depends on (seed, step) alone, never on the mesh or on accumulation. Metrics are of the batch
-    and the parameters before the update.
+    and the parameters before the update. If loss or gradient is not finite, parameters, moments and EMA stay as
+    they were (`finite`).
     """
     gradient = make_gradient(model, config)
     update = make_update(config, make_optimizer(config.optimizer, config.total_steps, model.shapes))
@@ -118,5 +119,8 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
         metrics = {"loss": config.loss.ce_weight * ce + config.loss.mse_weight * mse, "ce": ce, "mse": mse,
                    "tokens": tokens,
                    "learning_rate": rate(state.step), "grad_norm": optax.tree.norm(grads)}
-        return update(state, grads), metrics
+        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        skipped = dataclasses.replace(state, step=state.step + 1)   # the next step has noise of its own
+        keep = lambda new, old: jnp.where(metrics["finite"], new, old)
+        return jax.tree.map(keep, update(state, grads), skipped), metrics
     return step
