@@ -22,18 +22,13 @@ and, if wanted:
 END
 }
 
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
-
 dry=''
 [[ ${1:-} != --dry-run ]] || { dry=yes; shift; }
 [[ -n ${1:-} && $1 != -h && $1 != --help ]] || { usage; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-for variable in NODES GPUS TIME; do
-    [[ -n ${!variable:-} ]] || fail "$variable is not set; --help lists what is needed"
-done
+# shellcheck source=launch/common.sh
+source launch/common.sh
+needs NODES GPUS TIME
 job=${JOB:-irg_jax}
 read -r -a further <<<"${SBATCH:-}"
 
@@ -45,9 +40,4 @@ script+=" code=\$?; [[ -z \${told:-} ]] || { wait \$!; code=\$?; scontrol requeu
 submit=(sbatch --job-name "$job" --nodes "$NODES" --ntasks-per-node 1 --gpus-per-node "$GPUS" --time "$TIME"
     --signal B:TERM@180 --requeue --open-mode append --output "$job-%j.log"
     ${further[@]+"${further[@]}"} --wrap "$script")
-if [[ -n $dry ]]; then
-    printf '%q ' "${submit[@]}"
-    echo
-else
-    exec "${submit[@]}"
-fi
+act "${submit[@]}"

@@ -29,37 +29,22 @@ and, if wanted:
 END
 }
 
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
-
 dry=''
 [[ ${1:-} != --dry-run ]] || { dry=yes; shift; }
 command=${1:-}
 [[ -n $command && $command != -h && $command != --help ]] || { usage; exit; }
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+source launch/common.sh
 
-for variable in PROJECT ZONE NAME ACCELERATOR_TYPE; do
-    [[ -n ${!variable:-} ]] || fail "$variable is not set; --help lists what is needed"
-done
+needs PROJECT ZONE NAME ACCELERATOR_TYPE
 slices=${SLICES:-1}
 spot=${SPOT:-0}
 [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "SLICES is '$slices'; give a number from 1"
 [[ $spot == [01] ]] || fail "SPOT is '$spot'; give 0 or 1"
 place=(--project "$PROJECT" --zone "$ZONE")
 everywhere=(--worker all --node all)
-
-# Runs a command, or prints it.
-act() {
-    if [[ -n $dry ]]; then
-        printf '%q ' "$@"
-        echo
-    else
-        "$@"
-    fi
-}
 
 resources() { # VERB [ARGUMENT...]
     act gcloud compute tpus queued-resources "$1" "$NAME" "${place[@]}" "${@:2}"

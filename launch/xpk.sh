@@ -24,18 +24,13 @@ Then: xpk workload list, xpk workload delete --workload NAME --cluster CLUSTER.
 END
 }
 
-fail() {
-    echo "error: $*" >&2
-    exit 1
-}
-
 dry=''
 [[ ${1:-} != --dry-run ]] || { dry=yes; shift; }
 [[ -n ${1:-} && $1 != -h && $1 != --help ]] || { usage; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-for variable in CLUSTER PROJECT ZONE WORKLOAD TPU_TYPE; do
-    [[ -n ${!variable:-} ]] || fail "$variable is not set; --help lists what is needed"
-done
+# shellcheck source=launch/common.sh
+source launch/common.sh
+needs CLUSTER PROJECT ZONE WORKLOAD TPU_TYPE
 
 printf -v train '%q ' .venv/bin/python -u -m irg_jax.train --distributed "$@"
 # exec: the pod's SIGTERM is to reach the training, which then saves.
@@ -44,9 +39,4 @@ submit=(xpk workload create --cluster "$CLUSTER" --project "$PROJECT" --zone "$Z
     --workload "$WORKLOAD" --tpu-type "$TPU_TYPE" --num-slices "${SLICES:-1}"
     --base-docker-image "${IMAGE:-python:3.11}" --script-dir . --max-restarts "${RESTARTS:-10}"
     --command "$line")
-if [[ -n $dry ]]; then
-    printf '%q ' "${submit[@]}"
-    echo
-else
-    exec "${submit[@]}"
-fi
+act "${submit[@]}"

@@ -12,10 +12,20 @@ from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.compiling import abstract
-from irg_jax.training.loop import check_share, place
+from irg_jax.training.loop import Placement, check_share, place
 from irg_jax.training.losses import encode_image
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.step import TrainState, create_state, make_step
+
+
+class Layout(NamedTuple):
+    """What a run carries, as shapes with shardings, and the networks that it is of."""
+
+    network: Functional
+    vae: Functional
+    placement: Placement
+    state: TrainState
+    vae_params: Any
 
 
 class Step(NamedTuple):
@@ -34,20 +44,26 @@ def trace_step(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh)
     """
     check_model(config.data, model)
     check_share(config, mesh)
+    network, vae, placement, state, vae_params = lay_out(config, model, mesh)
+    packs = config.data.packs_per_step
+    batch = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct((packs, *x.shape), x.dtype, sharding=where),
+                         empty_pack(config.data), placement.batch)
+    step = jax.jit(make_step(network, vae, config.step_config()), donate_argnums=0,
+                   out_shardings=(placement.state, placement.scalar))
+    with jax.set_mesh(mesh):
+        return Step(step.trace(state, vae_params, batch), state, vae_params, batch)
+
+
+def lay_out(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+            ) -> Layout:
+    """The state of a run on a mesh, which may be one without devices."""
     network = Functional(lambda rngs: IRG(model, rngs=rngs))
     vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
     optimizer = make_optimizer(config.optimizer, config.total_steps, network.shapes)
-    layout = place(network, vae, optimizer, mesh)
+    placement = place(network, vae, optimizer, mesh)
     state = jax.eval_shape(lambda params: create_state(params, optimizer), network.shapes)
-    state = abstract(state, layout.state)
-    vae_params = abstract(vae.shapes, layout.vae)
-    packs = config.data.packs_per_step
-    batch = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct((packs, *x.shape), x.dtype, sharding=where),
-                         empty_pack(config.data), layout.batch)
-    step = jax.jit(make_step(network, vae, config.step_config()), donate_argnums=0,
-                   out_shardings=(layout.state, layout.scalar))
-    with jax.set_mesh(mesh):
-        return Step(step.trace(state, vae_params, batch), state, vae_params, batch)
+    return Layout(network, vae, placement, abstract(state, placement.state),
+                  abstract(vae.shapes, placement.vae))
 
 
 def trace_encoder(config: TrainConfig, model: ModelConfig) -> jax.stages.Traced:

@@ -20,17 +20,13 @@ from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints.model import DESCRIPTION, load_description, load_tokenizer
 from irg_jax.config import BAGEL_7B_MOT, TrainConfig, check_model
 from irg_jax.models.config import ModelConfig
-from irg_jax.models.functional import Functional
-from irg_jax.models.irg import IRG, make_autoencoder
-from irg_jax.parallel.compiling import GIB, abstract, device_bytes
+from irg_jax.parallel.compiling import GIB, device_bytes
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import make_abstract_mesh
 from irg_jax.parallel.topologies import Topology
-from irg_jax.training.abstract import trace_encoder
-from irg_jax.training.loop import check_share, place
-from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.abstract import lay_out, trace_encoder
+from irg_jax.training.loop import check_share
 from irg_jax.training.planned import Planned, model_flops, plan_packs
-from irg_jax.training.step import create_state
 
 _PLANNED = 64   # packs that are planned, and of whose work and records the mean is taken
 
@@ -100,17 +96,12 @@ def read_tables(config: TrainConfig, tokenizer: Tokenizer | None) -> dict[str, C
 def describe_memory(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.AbstractMesh,
                     topology: Topology | None) -> Iterator[str]:
     """What lies on one device, before the compiler has its say."""
-    network = Functional(lambda rngs: IRG(model, rngs=rngs))
-    vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
-    optimizer = make_optimizer(config.optimizer, config.total_steps, network.shapes)
-    layout = place(network, vae, optimizer, mesh)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), network.shapes)
-    state = abstract(state, layout.state)
+    *_, state, vae_params = lay_out(config, model, mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     packs = config.data.packs_per_step // shards
     parts = {"parameters": device_bytes(state.params), "moments": device_bytes(state.opt),
              "EMA": device_bytes(state.ema), "gradients": device_bytes(state.params),
-             "encoder": device_bytes(abstract(vae.shapes, layout.vae)),
+             "encoder": device_bytes(vae_params),
              "batch": packs * sum(leaf.nbytes for leaf in jax.tree.leaves(empty_pack(config.data))),
              "layers' inputs": saved_inputs(config, model, mesh)}
     total = sum(parts.values())
