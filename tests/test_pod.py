@@ -73,7 +73,9 @@ def start(cloud: pathlib.Path, *arguments: str, script: str = "tpu_pod", **envir
     added = {"CLOUD": str(cloud), "PATH": f"{cloud / 'bin'}:{os.environ['PATH']}", "POLL_SECONDS": "0",
              "PYTHON": str(cloud / "bin" / "train"), "TMPDIR": str(cloud)}
     clean = {name: value for name, value in os.environ.items() if name not in POD | XPK | SLURM}
+    # Tests may run in the background of a shell, which has its children ignore SIGINT.
     return subprocess.Popen(["bash", str(ROOT / "launch" / f"{script}.sh"), *arguments], text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             env=clean | added | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -219,11 +221,12 @@ def test_a_run_starts_on_every_host_and_ends_with_its_status(cloud, code):
     assert run(cloud, "logs", **POD) == (int(code), "step 1\n")
 
 
-def test_interrupting_a_run_saves_and_ends_it_on_all_hosts(cloud):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_interrupting_a_run_saves_and_ends_it_on_all_hosts(cloud, number):
     process = start(cloud, "run", "--config", "c", WAIT="yes", **POD)
     children = [await_file(cloud / host / "child.txt") for host in ("host0", "host1")]
     assert "host1: running: step 1" in run(cloud, "status", **POD)[1]
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and output.count(": stopped") == 2
     for host, child in zip(("host0", "host1"), children):
