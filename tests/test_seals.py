@@ -108,5 +108,18 @@ def test_a_seal_is_whole_or_absent(stage, monkeypatch):
     assert find_faults(step) == [] and json.loads((step / SEAL).read_text())
 
 
+def test_a_step_that_was_dropped_before_its_seal_is_no_fault(stage):
+    class Saved:
+        def result(self):
+            shutil.rmtree(stage / "checkpoints" / "1")
+    bundles = Bundles(stage, keep=1)
+    bundles._seal(1, Saved())
+    bundles.close()
+    kept = Bundles(stage, keep=5)
+    with pytest.raises(FileNotFoundError):
+        kept._seal(3, type("Saved", (), {"result": lambda self: None})())
+    kept.close()
+
+
 def test_no_stage_no_step(tmp_path):
     assert latest_step(tmp_path / "none") == 0 and set_bad_aside(tmp_path / "none") == []

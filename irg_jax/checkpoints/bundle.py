@@ -28,6 +28,7 @@ class Bundles:
             preservation_policy=ocp.training.preservation_policies.LatestN(keep) if keep else None)
         self._folder, self._sealing = stage.absolute() / FOLDER, ThreadPoolExecutor(1)
         self._seals: list[Future] = []
+        self._keep = keep
 
     def latest(self) -> int | None:
         """The newest complete step."""
@@ -53,7 +54,12 @@ class Bundles:
 
     def _seal(self, step: int, saved: ocp.AsyncResponse[None]) -> None:
         saved.result()
-        seal(self._folder / str(step))
+        try:
+            seal(self._folder / str(step))
+        except FileNotFoundError:
+            newer = [each for each in steps_of(self._folder) if each > step]
+            if self._keep is None or len(newer) < self._keep:
+                raise     # else it was dropped meanwhile
 
     def restore(self, step: int, *, state: Any, ema: Params) -> dict[str, Any]:
         """Items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""
