@@ -155,21 +155,26 @@ def start_up(config: DataConfig, tokenizer: Tokenizer) -> tuple[float, dict[str,
     return seconds, sizes
 
 
-def measure_start(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> dict[str, float]:
-    """Start-up over short texts: of a built data set, and of parquet, whose records are all read once."""
-    modes = {mode: GroupConfig(mode) for mode in MODES}
-    each = records // len(modes)
-    for mode in modes:
+def write_texts(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> tuple[DataConfig, DataConfig]:
+    """Short texts of all modes, as parquet and as a built data set."""
+    each = records // len(MODES)
+    for mode in MODES:
         rows = [json.dumps([{"role": "user", "content": f"{mode} {i} {WORDS[i % len(WORDS)]}"}])
                 for i in range(each)]
         write(folder / "parquet" / "train" / mode, rows, rows_per_group=-(-each // SHARDS))
-    parquet = DataConfig(source=str(folder / "parquet"), groups=tuple(modes.values()), packs_per_step=1,
+    parquet = DataConfig(source=str(folder / "parquet"), groups=tuple(map(GroupConfig, MODES)), packs_per_step=1,
                          index_dir=str(folder / "index"), text_tokens=64)  # four records a pack, as with images
     tokenizer.save(str(folder / "tokenizer.json"))
     convert(parquet.source, out=folder / "built", config=parquet, tokenizer=str(folder / "tokenizer.json"),
             decode=False, shard_mib=0)
-    built = dataclasses.replace(parquet, source=str(folder / "built"), index_dir="")
-    result = {"records": each * len(modes), "shards": len(list(folder.glob("built/train/*/*.array_record*")))}
+    return parquet, dataclasses.replace(parquet, source=str(folder / "built"), index_dir="")
+
+
+def measure_start(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> dict[str, float]:
+    """Start-up over short texts: of a built data set, and of parquet, whose records are all read once."""
+    parquet, built = write_texts(folder, tokenizer, records)
+    each = records // len(MODES)
+    result = {"records": each * len(MODES), "shards": len(list(folder.glob("built/train/*/*.array_record*")))}
     result["built_seconds"], sizes = start_up(built, tokenizer)
     result["parquet_first_seconds"], _ = start_up(parquet, tokenizer)
     result["parquet_again_seconds"], _ = start_up(parquet, tokenizer)

@@ -11,7 +11,6 @@ Prints one JSON object last and writes it to benchmarks/results/hosts.json.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import pathlib
 import tempfile
@@ -23,27 +22,11 @@ from tqdm import tqdm
 
 from benchmarks import data, machine
 from data_pipelines import command
-from data_pipelines.config import DataConfig, GroupConfig, from_config_dict, load_config
-from data_pipelines.conversion import convert
+from data_pipelines.config import DataConfig, from_config_dict, load_config
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.planning import Planner
-from data_pipelines.simulation import MODES, simulate, useful_tokens
+from data_pipelines.simulation import simulate, useful_tokens
 from data_pipelines.tokenizer import Tokenizer, train_tokenizer
-
-
-def build(folder: pathlib.Path, tokenizer: Tokenizer, records: int, hosts: int) -> DataConfig:
-    """A built data set of short texts in all modes, a pack a host in every step."""
-    each = records // len(MODES)
-    for mode in MODES:
-        rows = [json.dumps([{"role": "user", "content": f"{mode} {i} {data.WORDS[i % len(data.WORDS)]}"}])
-                for i in range(each)]
-        data.write(folder / "parquet" / "train" / mode, rows, rows_per_group=-(-each // data.SHARDS))
-    groups = tuple(GroupConfig(mode) for mode in MODES)
-    config = DataConfig(source=str(folder / "parquet"), groups=groups, packs_per_step=hosts, text_tokens=64)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    convert(config.source, out=folder / "built", config=config, tokenizer=str(folder / "tokenizer.json"),
-            decode=False, shard_mib=0)
-    return dataclasses.replace(config, source=str(folder / "built"), index_dir=str(folder / "index"))
 
 
 def first_pack(host: int, config: DataConfig, tokenizer: Tokenizer) -> bytes:
@@ -90,7 +73,9 @@ def main(values) -> None:
               "steps": values.steps, "records": values.records}
     tokenizer = train_tokenizer([" ".join(data.WORDS)] * 3, vocab_size=400)
     with tempfile.TemporaryDirectory() as name:
-        config = build(pathlib.Path(name), tokenizer, values.records, values.hosts)
+        parquet, built = data.write_texts(pathlib.Path(name), tokenizer, values.records)
+        # A pack a host in every step; the plan's journal is kept, as on a disk that all see.
+        config = dataclasses.replace(built, packs_per_step=values.hosts, index_dir=parquet.index_dir)
         result |= measure_start(config, tokenizer, values.hosts)
     result |= measure_load(values.hosts, values.steps)
     machine.keep(result, values.out)

@@ -280,7 +280,8 @@ class BatchIterator:
     def counters(self) -> dict[str, int]:
         """Records left out so far: `bad_records`, `bad_<cause>` of them, and `oversize_records`.
 
-        Those found at the start are counted by every process, those found later by the one that read.
+        Those found at the start are counted by every process, those found later by the one that read, and by
+        whom it tells of its `faults`.
         """
         oversize = sum(len(table.oversize) for table in self.packs.tables.values())
         return self.packs.bad.counts | {"oversize_records": oversize}

@@ -187,6 +187,19 @@ def test_what_fails_on_one_host_ends_all_with_its_sentence(stage, tmp_path):
         assert "host 1 (" in output and "is no model checkpoint" in output
 
 
+def test_a_host_with_other_data_is_named(stage, tmp_path):
+    """The second process stands where the same relative paths lead to one record fewer."""
+    shutil.copytree(stage.parent / "base", tmp_path / "base")
+    shutil.copytree(stage.parent / "data", tmp_path / "data")
+    file = min((tmp_path / "data" / "train" / "full").glob("*.parquet"))
+    write_rows(file, pyarrow.parquet.read_table(file)["conversation"].to_pylist()[1:])
+    done = launch(stage, tmp_path / "run", 2, 1, *mesh(fsdp=2), "--config.init_from=base",
+                  "--config.data.source=data", odd=(1, [], tmp_path))
+    for code, output in done:
+        assert code == 1 and "Traceback" not in output
+        assert "hosts disagree: host 1 (" in output and "has data " in output
+
+
 def test_a_host_that_never_comes_ends_the_start(stage, tmp_path):
     port = free_port()
     done = launch(stage, tmp_path, 1, 1, f"--coordinator_address=localhost:{port}", "--num_processes=2",

@@ -65,8 +65,7 @@ def find_place(address: str = "", count: int | None = None, index: int | None = 
     Args: detect looks for Cloud TPU also where only Google's metadata server knows of it.
     Raises: ValueError if some but not all values are given, or nothing is detected.
     """
-    given = (address, count, index)
-    if any(given[:1]) or count is not None or index is not None:
+    if address or count is not None or index is not None:
         if not address or count is None or index is None:
             raise ValueError("give --coordinator_address, --num_processes and --process_id together")
         return Place(address, count, index)

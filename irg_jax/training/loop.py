@@ -258,7 +258,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
 
     Args: hosts are all processes of the run; the first of them writes logs and prints.
     Raises: ValueError for anything wrong with config, data or checkpoints, before the first step;
-    FloatingPointError if a loss is not finite.
+    FloatingPointError if loss or gradient is not finite in `max_skipped` steps in a row.
     """
     hosts = hosts or Hosts()
     with hosts.together():
