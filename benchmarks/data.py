@@ -162,7 +162,8 @@ def write_texts(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> tup
         rows = [json.dumps([{"role": "user", "content": f"{mode} {i} {WORDS[i % len(WORDS)]}"}])
                 for i in range(each)]
         write(folder / "parquet" / "train" / mode, rows, rows_per_group=-(-each // SHARDS))
-    parquet = DataConfig(source=str(folder / "parquet"), groups=tuple(map(GroupConfig, MODES)), packs_per_step=1,
+    groups = tuple(map(GroupConfig, MODES))
+    parquet = DataConfig(source=str(folder / "parquet"), groups=groups, packs_per_step=1,
                          index_dir=str(folder / "index"), text_tokens=64)  # four records a pack, as with images
     tokenizer.save(str(folder / "tokenizer.json"))
     convert(parquet.source, out=folder / "built", config=parquet, tokenizer=str(folder / "tokenizer.json"),
