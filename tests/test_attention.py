@@ -1,6 +1,7 @@
 """Attention and matmul against dense float64 ones: values and gradients, over random rows and any blocks."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,19 @@ from attention_cases import dense, gradients, random_rows
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10**6), length=st.integers(1, 21), past=st.integers(0, 9),
-       shared=st.integers(1, 3), block=st.sampled_from((4, 7, 512)))
-def test_attention_is_the_dense_definition(seed, length, past, shared, block):
+       shared=st.integers(1, 3), block=st.sampled_from((4, 7, 512)), scores=st.sampled_from((1, 400, 2**20)))
+def test_attention_is_the_dense_definition(seed, length, past, shared, block, scores):
     rng = np.random.default_rng(seed)
-    rows = random_rows(rng, 2, past + length)
+    rows = random_rows(rng, 3, past + length)
     query_rows = Rows(*(row[:, past:] for row in rows))
     normal = lambda *shape: rng.normal(size=shape) * 2
-    inputs = normal(2, length, 2 * shared, 6), normal(2, past + length, 2, 6), normal(2, past + length, 2, 6)
-    weight = normal(2, length, 2 * shared, 6)
+    inputs = normal(3, length, 2 * shared, 6), normal(3, past + length, 2, 6), normal(3, past + length, 2, 6)
+    weight = normal(3, length, 2 * shared, 6)
     with jax.enable_x64(True):
         wanted = gradients(lambda *xs: dense(*xs, query_rows, rows), inputs, weight)
-    before, blockwise.BLOCK = blockwise.BLOCK, block
-    try:
+    with mock.patch.multiple(blockwise, BLOCK=block, SCORES=scores):
         singles = [np.float32(x) for x in inputs]
         got = gradients(lambda *xs: attend(*xs, look(query_rows, rows), "xla"), singles, np.float32(weight))
-    finally:
-        blockwise.BLOCK = before
     for one, other in zip(got, wanted):
         np.testing.assert_allclose(one, other, atol=3e-5, rtol=1e-4)
 

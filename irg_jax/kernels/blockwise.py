@@ -1,4 +1,4 @@
-"""Attention under the visibility rule in plain XLA, block of queries by block of queries.
+"""Attention under the visibility rule in plain XLA, few packs and a block of queries at once.
 
 Axes: B packs, K key-value heads, R query heads a key head, S queries, C keys, M = R S, H head size.
 Scores and softmax are float32; matmuls take the dtype of their inputs and add up in float32.
@@ -13,12 +13,17 @@ from jaxtyping import Array, Float
 
 from data_pipelines.batch import INF, Rows, visible
 
-BLOCK = 512  # queries at once: score memory is B K R BLOCK C, never O(S^2)
+BLOCK = 512      # queries at once: score memory is never O(S^2)
+SCORES = 2**20   # at once, where packs are small: what a core's cache holds; why: docs/performance.md
 
 
 def forward(query: Float[Array, "B K R S H"], key: Float[Array, "B K C H"], value: Float[Array, "B K C H"],
             query_rows: Rows, key_rows: Rows) -> tuple[Float[Array, "B K R S H"], Float[Array, "B K R S"]]:
     """Attention of scaled queries, and the logarithm of the sum of their weights (float32)."""
+    return _over_packs(_forward, query, key, value, query_rows, key_rows)
+
+
+def _forward(query, key, value, query_rows: Rows, key_rows: Rows):
     def block(carry, query, rows):
         seen, score = _seen(rows, key_rows), _times(query, key)
         top = jnp.max(jnp.where(seen, score, -jnp.inf), -1, keepdims=True)
@@ -37,6 +42,10 @@ def backward(query: Float[Array, "B K R S H"], key: Float[Array, "B K C H"], val
              query_rows: Rows, key_rows: Rows
              ) -> tuple[Float[Array, "B K R S H"], Float[Array, "B K C H"], Float[Array, "B K C H"]]:
     """Gradients of queries (their dtype), keys and values (float32); `share` is d_out . out."""
+    return _over_packs(_backward, query, key, value, d_out, logsum, share, query_rows, key_rows)
+
+
+def _backward(query, key, value, d_out, logsum, share, query_rows: Rows, key_rows: Rows):
     logsum, share = logsum[..., None], share[..., None]
 
     def block(carry, query, d_out, logsum, share, rows):
@@ -73,6 +82,16 @@ def _mix(weight, value):
 def _collect(weight, query):
     """[B K R S C], [B K R S H] -> float32 [B K C H]."""
     return jnp.einsum("bkmc,bkmh->bkch", _rows(weight), _rows(query), preferred_element_type=jnp.float32)
+
+
+def _over_packs(attention: Callable, query, key, *rest):
+    """`attention` of as many packs at once as make SCORES scores: passes over scores out of cache are slow."""
+    packs, heads, group, length = query.shape[:4]
+    at_once = SCORES // max(heads * group * min(length, BLOCK) * key.shape[2], 1)
+    if packs <= max(at_once, 1):
+        return attention(query, key, *rest)
+    one = lambda arrays: jax.tree.map(lambda x: x[0], attention(*jax.tree.map(lambda x: x[None], arrays)))
+    return jax.lax.map(one, (query, key, *rest), batch_size=at_once if at_once > 1 else None)
 
 
 def _over_blocks(block: Callable, carry, rows: Rows, *per_query):
