@@ -27,7 +27,7 @@ from irg_jax.checkpoints.model import load_model
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import ModelConfig
 from irg_jax.parallel.hosts import Hosts
-from irg_jax.training.loop import Trainer
+from irg_jax.training.trainer import Trainer
 
 STEPS = 20
 SIDE = 2048    # of the large matmul

@@ -92,7 +92,7 @@ def time_step(config: TrainConfig, model: ModelConfig, pack: PackedBatch) -> dic
     shardings = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
     network = Functional(lambda rngs: IRG(model, rngs=rngs))
     vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
-    optimizer = make_optimizer(config.optimizer, config.total_steps, network.shapes)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
     state = jax.jit(lambda: create_state(network.init(0), optimizer), out_shardings=shardings(step.state))()
     vae_params = jax.jit(lambda: vae.init(1), out_shardings=shardings(step.vae))()
     batch = jax.device_put(jax.tree.map(lambda x: np.asarray(x)[None], pack), shardings(step.batch))

@@ -61,7 +61,8 @@ def visible(query: Rows, key: Rows) -> Any:
 class PackedBatch(NamedTuple):
     """B packs; a pytree of arrays with static shapes.
 
-    Text: token `text_ids`; `text_target` is the next token's id where `text_weight` > 0.
+    Text: token `text_ids`; `text_target` is the next token's id where `text_weight` > 0. `text_group` and
+    `latent_group` number the group of records that a token is of, for telling losses apart (0 in padding).
     ViT: `vit_patches` holds 14 x 14 x 3 uint8 values a token in (row, column, channel) order.
     Latent: tokens of an image row by row, either as `latent_pixels`, 16 x 16 x 3 uint8 values a token,
     or as `latent_moments`, the frozen encoder's means and log variances of the token's Z values; the
@@ -75,6 +76,7 @@ class PackedBatch(NamedTuple):
     text_ids: Any        # int32   [B, T]
     text_target: Any     # int32   [B, T]
     text_weight: Any     # float32 [B, T]
+    text_group: Any      # int32   [B, T]
     text_rows: Rows      # [B, T] each
     vit_patches: Any     # uint8   [B, V, patch * patch * 3]
     vit_position: Any    # int32   [B, V]   row * side + column in the learned table
@@ -84,6 +86,7 @@ class PackedBatch(NamedTuple):
     latent_position: Any # int32   [B, G]   row * side + column in the fixed table
     latent_image: Any    # int32   [B, G]
     latent_weight: Any   # float32 [B, G]   1 where the token carries the flow loss
+    latent_group: Any    # int32   [B, G]
     latent_rows: Rows    # [B, G] each
     image_start: Any     # int32   [B, N]
     image_height: Any    # int32   [B, N]

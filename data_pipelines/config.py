@@ -211,7 +211,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type, or a ValueError that names `path`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return to_plain(value)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"config field {path!r} is {value!r}; use one of {list(arguments)}")
@@ -274,6 +274,13 @@ def _override(config: Any, name: str, value: Any) -> None:
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, (Mapping, ml_collections.ConfigDict))
+
+
+def to_plain(value: Any) -> Any:
+    """Mappings of all kinds as dicts."""
+    if not _is_mapping(value):
+        return value
+    return {key: to_plain(value[key]) for key in value}
 
 
 def _items(config: Any, path: str) -> dict[str, Any]:

@@ -4,7 +4,8 @@ The layout and every row are defined in `batch.py`; `planning.py` decides who go
 Arrays here are those of a single pack, without the leading B axis.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from einops import rearrange
@@ -19,7 +20,7 @@ from data_pipelines.tokenizer import Tokenizer
 
 def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
              tokenizer: Tokenizer, moments: Layout | None = None,
-             into: PackedBatch | None = None) -> PackedBatch:
+             into: PackedBatch | None = None, groups: Sequence[int] | None = None) -> PackedBatch:
     """Lays samples one after the other into the streams of one pack.
 
     Args:
@@ -27,12 +28,13 @@ def assemble(samples: Iterable[Iterable[Item]], *, config: DataConfig,
         tokenizer: gives the ids of the four control tokens.
         moments: of the samples' VAE images, if they come as moments and not as pixels.
         into: an `empty_pack` to fill, instead of a new one.
+        groups: the number of each sample's group; all 0 if left out.
     Returns: a PackedBatch of numpy arrays without the B axis.
     Source: `pack_sequence` of BAGEL's data/dataset_base.py.
     """
     writer = _Writer(config, tokenizer, into or empty_pack(config, moments))
-    for sample in samples:
-        writer.add(sample)
+    for sample, group in zip(samples, itertools.repeat(0) if groups is None else groups):
+        writer.add(sample, group)
     return writer.batch
 
 
@@ -45,6 +47,7 @@ def empty_pack(config: DataConfig, moments: Layout | None = None, *, lead: tuple
         text_ids=np.zeros(text, np.int32),
         text_target=np.zeros(text, np.int32),
         text_weight=np.zeros(text, np.float32),
+        text_group=np.zeros(text, np.int32),
         text_rows=padding_rows(text),
         vit_patches=np.zeros((*vit, config.vit_patch**2 * 3), np.uint8),
         vit_position=np.zeros(vit, np.int32),
@@ -55,6 +58,7 @@ def empty_pack(config: DataConfig, moments: Layout | None = None, *, lead: tuple
         latent_position=np.zeros(latent, np.int32),
         latent_image=np.full(latent, config.images, np.int32),
         latent_weight=np.zeros(latent, np.float32),
+        latent_group=np.zeros(latent, np.int32),
         latent_rows=padding_rows(latent),
         image_start=np.zeros(images, np.int32),
         image_height=np.zeros(images, np.int32),
@@ -63,15 +67,15 @@ def empty_pack(config: DataConfig, moments: Layout | None = None, *, lead: tuple
 
 
 class _Writer:
-    """The cursors of a pack being written; `first` and `rope` are those of the current sample."""
+    """The cursors of a pack being written; `first`, `rope` and `group` are those of the current sample."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch: PackedBatch):
         self.batch, self._config, self._tokenizer = batch, config, tokenizer
         self._text = self._vit = self._latent = self._image = 0
-        self._order = self._first = self._rope = 0
+        self._order = self._first = self._rope = self._group = 0
 
-    def add(self, sample: Iterable[Item]) -> None:
-        self._first, self._rope = self._order, 0
+    def add(self, sample: Iterable[Item], group: int = 0) -> None:
+        self._first, self._rope, self._group = self._order, 0, group
         for item in sample:
             match item:
                 case Text():
@@ -126,6 +130,7 @@ class _Writer:
         batch.latent_position[where] = grid_position(height, width, self._config.max_latent_size)
         batch.latent_image[where] = slot
         batch.latent_weight[where] = item.noised
+        batch.latent_group[where] = self._group
         batch.image_start[slot] = where.start
         batch.image_height[slot], batch.image_width[slot] = height, width
         batch.image_timestep[slot] = item.timestep if item.noised else -np.inf
@@ -148,6 +153,7 @@ class _Writer:
     def _take_text(self, count: int) -> slice:
         where = slice(self._text, self._text + count)
         self._text = where.stop
+        self.batch.text_group[where] = self._group
         return where
 
 

@@ -95,8 +95,9 @@ class Packs:
         entries = self.planner[index].entries
         self._warn_once(index, self._expected - {entry.group for entry in entries})
         samples = [self._sample(entry, faults) for entry in entries]
+        numbers = {name: number for number, name in enumerate(self._groups)}
         batch = assemble(samples, config=self.config, tokenizer=self._tokenizer, moments=self._layout,
-                         into=into)
+                         into=into, groups=[numbers[entry.group] for entry in entries])
         return Loaded(batch, tuple(faults))
 
     def fetch(self, indices: Iterable[int]) -> None:

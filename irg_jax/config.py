@@ -1,6 +1,7 @@
 """What a training run is made of: frozen dataclasses, filled once from a ConfigDict at the door."""
 
 import dataclasses
+from typing import Any
 
 from data_pipelines.config import DataConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
@@ -34,6 +35,20 @@ class SliceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """What changes at a step of a stage, until the next phase; a field that is None stays as the stage has it.
+
+    Moments of parameters that freeze are dropped, those of parameters that begin to train are zeros.
+    """
+
+    name: str
+    from_step: int
+    frozen: tuple[str, ...] | None = None    # as `optimizer.frozen`
+    ce_weight: float | None = None           # 0: the text loss is off
+    mse_weight: float | None = None          # 0: the image loss is off
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One stage of training. `python -m irg_jax.train --config FILE` fills it from `get_config()`."""
 
@@ -53,17 +68,35 @@ class TrainConfig:
     keep: int = 2                    # checkpoints kept
     log_every: int = 1               # steps between lines of metrics.jsonl
     max_skipped: int = 3             # steps in a row whose loss or gradient is not finite; they change nothing
+    phases: tuple[Phase, ...] = ()   # in order; in a config also {name: {from_step, ...}}
+    hang_seconds: int = 3600         # without progress, after which a run ends with its stacks; 0: never
+    peak_tflops: float = 0.0         # of a device, for MFU; 0: as the table of known chips has it
+    profile_at: int = 0              # step whose trace goes to STAGE/profile; 0: none
+    profile_steps: int = 3           # steps that are traced
+    draw_every: int = 0              # steps between drawings of `samples`; their last is at the end
+    samples: dict[str, Any] = dataclasses.field(default_factory=dict)    # a `SampleConfig`
+    export: str = ""                 # format in which the end of the stage is exported to STAGE/export, or none
 
     def __post_init__(self):
         if not self.stage or "/" in self.stage or self.stage in (".", ".."):
             raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        if self.export not in ("", "bagel", "orbax"):
+            raise ValueError(f"export is {self.export!r}; use 'bagel', 'orbax' or nothing")
         if self.remat not in REMAT:
             raise ValueError(f"remat is {self.remat!r}; use one of {', '.join(REMAT)}")
-        for name in ("total_steps", "save_every", "keep", "log_every", "accumulate", "max_skipped"):
+        for name in ("total_steps", "save_every", "keep", "log_every", "accumulate", "max_skipped",
+                     "profile_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        starts = [phase.from_step for phase in self.phases]
+        if starts != sorted(set(starts)) or (starts and not 0 < starts[0] <= starts[-1] < self.total_steps):
+            raise ValueError(f"phases begin at steps {starts}; they must rise, between 1 and total_steps - 1 = "
+                             f"{self.total_steps - 1}")
+        for name in ("hang_seconds", "peak_tflops", "profile_at", "draw_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         if self.data.packs_per_step % self.accumulate:
             raise ValueError(f"data.packs_per_step {self.data.packs_per_step} does not divide into "
                              f"accumulate = {self.accumulate} parts")
@@ -76,9 +109,23 @@ class TrainConfig:
                 return dataclasses.replace(self, mesh=each.mesh, data=data, accumulate=each.accumulate)
         return self
 
+    def at(self, step: int) -> "TrainConfig":
+        """The stage as the phase of a step has it."""
+        config = self
+        for phase in self.phases:
+            if phase.from_step <= step:
+                weights = {name: value for name in ("ce_weight", "mse_weight")
+                           if (value := getattr(phase, name)) is not None}
+                optimizer = self.optimizer if phase.frozen is None else dataclasses.replace(
+                    self.optimizer, frozen=phase.frozen)
+                loss = dataclasses.replace(self.loss, **weights)
+                config = dataclasses.replace(self, optimizer=optimizer, loss=loss)
+        return config
+
     def step_config(self) -> StepConfig:
+        groups = tuple(group.name for group in self.data.groups)
         return StepConfig(self.loss, self.optimizer, self.total_steps, self.seed, self.data.canvas,
-                          self.accumulate, self.dtype, self.remat)
+                          self.accumulate, self.dtype, self.remat, groups)
 
 
 def check_model(data: DataConfig, model: ModelConfig) -> None:

@@ -1,5 +1,7 @@
 """Writes a run's report: `report.json`, and `report.html` as one self-contained file.
 
+A run may have any stages, finished or still going, and an evaluation or none.
+
     python -m irg_jax.report runs/shapes [--out DIR]
 """
 
@@ -14,13 +16,15 @@ from typing import Any
 from irg_jax.evaluation.page import render_page
 from irg_jax.evaluation.results import SYSTEMS, read_run
 from irg_jax.evaluation.statistics import DIFFERENCES, build_report
+from irg_jax.evaluation.training_summary import format_stages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Reads RUN, writes both files, prints the table; 1 and a sentence if the run is not sound."""
+    """Reads RUN, writes both files, prints the table or the stages; 1 and a sentence if it is not sound."""
     parser = argparse.ArgumentParser(prog="python -m irg_jax.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", type=pathlib.Path, help="folder of a finished run")
+    parser.add_argument("run", metavar="RUN", type=pathlib.Path,
+                        help="folder of a run, the --workdir of its trainings")
     parser.add_argument("--out", metavar="DIR", type=pathlib.Path,
                         help="where to write the two files (default: RUN)")
     flags = parser.parse_args(arguments)
@@ -37,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    print(format_table(report))
+    print(format_table(report) if run.manifest else format_stages(report["stages"]))
     print(f"\nreport: {out / 'report.html'}")
     return 0
 

@@ -1,21 +1,28 @@
-"""Trains one stage: `python -m irg_jax.train --config configs/shapes_stage1.py --workdir RUN`.
+"""Trains: `python -m irg_jax.train --config configs/shapes_stage1.py --workdir RUN`.
 
-Any field can be overridden: `--config.data.seed=7`. Killed, the same command resumes. `--topology v5p-128`
-takes mesh and packs from the config's table for that slice of TPUs. `--dry_run` tells what would be trained,
-on what, and how long, and touches no device.
+Any field can be overridden: `--config.data.seed=7`. Killed, the same command resumes; fields that have changed
+since are named and refused, unless `--accept_changes` names them. A config of several stages (configs/irgl.py)
+trains them one after the other, each from what it names in `init_from`; what is finished is left alone.
+`--topology v5p-128` takes mesh and packs from the config's table for that slice of TPUs. `--dry_run` tells what
+would be trained, on what, and how long, and touches no device.
 
 On several machines, the same command on each. `srun`, `mpirun` and GKE are recognised; on a pod slice of Cloud
 TPU add `--distributed`; elsewhere `--coordinator_address HOST:PORT --num_processes N --process_id I`.
 """
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import flags
 
 from data_pipelines import command
-from data_pipelines.config import from_config_dict
+from data_pipelines.config import from_config_dict, to_plain
+from irg_jax.checkpoints.bagel import export_folder
+from irg_jax.checkpoints.model import Model, load_model, save_model
 from irg_jax.config import TrainConfig
+from irg_jax.evaluation.samples import SampleConfig, draw_samples
 from irg_jax.parallel.hosts import find_place
 from irg_jax.parallel.topologies import find_topology
 from irg_jax.training import dry_run
@@ -24,6 +31,7 @@ from irg_jax.training.start import start
 
 command.define_config("Config file of the stage, e.g. configs/shapes_stage1.py.")
 flags.DEFINE_string("workdir", None, "Folder of the run, which all hosts see; each stage has one below it.")
+flags.DEFINE_list("accept_changes", [], "Config fields that may have changed since the run was begun.")
 flags.DEFINE_bool("dry_run", False, "Tell what would be trained, and end.")
 flags.DEFINE_string("topology", "", "Slice of TPUs, as for irg_jax.precompile; the config's table lays it out.")
 flags.DEFINE_integer("devices", 1, "With --dry_run, without --topology: devices of the mesh.", lower_bound=1)
@@ -38,21 +46,75 @@ flags.DEFINE_integer("start_timeout", 300, "Seconds after which a host that did 
 flags.mark_flags_as_required(["config"])
 
 
+def read_stages(config: Any) -> list[TrainConfig]:
+    """The stages of a config: of its field `stages` {name: stage} in their order, or itself.
+
+    What stands beside `stages` holds in every one of them, whatever it says itself.
+    Raises: ValueError naming the field that is wrong.
+    """
+    config = to_plain(config)
+    if "stages" not in config:
+        return [from_config_dict(TrainConfig, config)]
+    stages = config.pop("stages")
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ValueError(f"config field 'stages' is {stages!r}; expected stages by name")
+    return [from_config_dict(TrainConfig, merge({"stage": name} | stage, config), f"stages.{name}")
+            for name, stage in stages.items()]
+
+
+def merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `others` in their place, field by field."""
+    both = lambda name: isinstance(values.get(name), dict) and isinstance(others[name], dict)
+    return values | {name: merge(values[name], others[name]) if both(name) else others[name] for name in others}
+
+
+def make_draw(config: TrainConfig, workdir: pathlib.Path) -> Callable[[Model, int], None] | None:
+    """Draws the stage's samples into its folder; None if it has none."""
+    if not config.samples:
+        return None
+    samples = from_config_dict(SampleConfig, config.samples, "samples")
+    folder = workdir / config.stage / "samples"
+    return lambda model, step: draw_samples(model, samples, folder, step)
+
+
+def export(config: TrainConfig, workdir: pathlib.Path) -> None:
+    """Writes the stage's EMA to STAGE/export, once."""
+    folder = workdir / config.stage
+    target = folder / "export"
+    if not config.export or target.exists():
+        return
+    model = load_model(folder)
+    if config.export == "bagel":
+        export_folder(model, target)
+    else:
+        save_model(target, model)
+    print(f"exported {folder} to {target}", flush=True)
+
+
 def main(values) -> None:
-    config = from_config_dict(TrainConfig, values.config)
     topology = find_topology(values.topology) if values.topology else None
-    config = config.on(topology) if topology else config
+    stages = [config.on(topology) if topology else config for config in read_stages(values.config)]
     workdir = pathlib.Path(values.workdir) if values.workdir else None
     if values.dry_run:
         jax.config.update("jax_platforms", "cpu")   # a machine with an accelerator can stay at its work
-        print(dry_run.describe(config, workdir, topology=topology, devices=values.devices, mfu=values.mfu))
+        for config in stages:
+            print(dry_run.describe(config, workdir, topology=topology, devices=values.devices, mfu=values.mfu))
         return
     if workdir is None:
         raise ValueError("--workdir is missing: the folder of the run")
     place = find_place(values.coordinator_address, values.num_processes, values.process_id,
                        detect=values.distributed)
-    with start(config, place, timeout=values.start_timeout) as hosts:
-        train(config, workdir, hosts)
+    draws = [make_draw(config, workdir) for config in stages]    # refused now, or never
+    with start(stages, place, timeout=values.start_timeout) as hosts:
+        for config, draw in zip(stages, draws, strict=True):
+            accepted = values.accept_changes
+            if train(config, workdir, hosts, accepted=accepted, draw=draw) < config.total_steps:
+                return
+            if hosts.count == 1:
+                export(config, workdir)
+            elif config.export and hosts.is_first:
+                print(f"to export, on one host: python -m irg_jax.export --checkpoint {workdir / config.stage} "
+                      f"--format {config.export} --out {workdir / config.stage / 'export'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # On a busy machine eight devices on two cores meet late; XLA would abort the process after 40 seconds.
@@ -15,6 +16,10 @@ os.environ["XLA_FLAGS"] = " ".join([
     # Most of the tests' time is compilation; what a program computes is the same.
     "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Many tests start the same run again: it need not be compiled again, in this process or in another.
+_compiled = tempfile.TemporaryDirectory(prefix="compiled", ignore_cleanup_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import jax
 import pytest

@@ -14,7 +14,7 @@ COMMANDS = {  # and a flag of its own
     "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
     "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
     "irg_jax.infer": "--understanding_output", "irg_jax.report": "RUN", "irg_jax.make_base": "--out",
-    "irg_jax.precompile": "--topology",
+    "irg_jax.precompile": "--topology", "irg_jax.checkpoint": "--leaves",
 }
 TRAIN = ["irg_jax.train", "--workdir", "OUT", "--config", "configs/shapes_stage1.py"]
 

@@ -13,7 +13,7 @@ from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MESH_AXES
-from irg_jax.training.loop import check_share, place
+from irg_jax.training.placement import check_share, place
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.step import create_state
 
@@ -26,7 +26,7 @@ MESHES = [  # data, fsdp, tensor, context
 def stage(request):
     config = from_config_dict(TrainConfig, load_config(f"configs/{request.param}.py"))
     model = Functional(lambda rngs: IRG(RELEASE, rngs=rngs))
-    optimizer = make_optimizer(config.optimizer, config.total_steps, model.shapes)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
     state = jax.eval_shape(lambda params: create_state(params, optimizer), model.shapes)
     return config, model, optimizer, state
 

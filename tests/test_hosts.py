@@ -244,7 +244,7 @@ def test_code_and_every_field_are_compared(monkeypatch, tmp_path):
     one = start.describe_code()["code"]
     (tmp_path / "irg_jax" / "a.py").write_text("2")
     assert start.describe_code()["code"] != one
-    fields = start.describe_config(config(pathlib.Path("x")))
+    fields = start.describe_config([config(pathlib.Path("x"))])
     assert fields["config.data.packs_per_step"] == "4" and "config.optimizer.learning_rate" in fields
     assert len(fields) > 60 and json.dumps(fields)
     assert {name.split(".")[1] for name in fields} == set(TrainConfig.__dataclass_fields__)

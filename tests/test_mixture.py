@@ -49,7 +49,7 @@ def test_every_kind_trains(mixture):
     vae = Functional(lambda rngs: make_autoencoder(geometry, rngs=rngs))
     train = StepConfig(LossConfig(vae_batch=4), OptimizerConfig(learning_rate=1e-3), STEPS, 0, canvas=4,
                        remat="none")
-    state = create_state(model.init(0), make_optimizer(train.optimizer, STEPS, model.shapes))
+    state = create_state(model.init(0), make_optimizer(train.optimizer, STEPS))
     step, vae_params = jax.jit(make_step(model, vae, train)), vae.init(1)
     data, losses, entries = make_iterator(config, tokenizer), [], []
     for number in range(STEPS):

@@ -15,7 +15,7 @@ from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
-from irg_jax.training.loop import place
+from irg_jax.training.placement import place
 from irg_jax.training.losses import LossConfig, count_totals, make_flow, mean_losses
 from irg_jax.training.optimizer import OptimizerConfig, make_optimizer, trainable_mask, update_ema
 from irg_jax.training.step import StepConfig, create_state, make_gradient, make_step
@@ -49,7 +49,7 @@ def make_batch(num_packs: int, seed: int = 0):
 def run(mesh_config: MeshConfig, devices: int, config: StepConfig, steps: int = 2):
     """Losses, parameters and the state's shardings after some steps on a mesh."""
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    optimizer = make_optimizer(config.optimizer, config.total_steps, NETWORK.shapes)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
     where = place(NETWORK, VAE, optimizer, mesh)
     params = jax.device_put(NETWORK.init(0), where.state.params)
     state = jax.jit(lambda p: create_state(p, optimizer), out_shardings=where.state)(params)
@@ -71,7 +71,7 @@ def single():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_leaves_all_but_its_number(bad):
-    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.total_steps, NETWORK.shapes)
+    optimizer = make_optimizer(CONFIG.optimizer, CONFIG.total_steps)
     step = jax.jit(make_step(NETWORK, VAE, CONFIG))
     vae, batch = VAE.init(1), make_batch(2, 0)
     state, metrics = step(create_state(NETWORK.init(0), optimizer), vae, batch)
@@ -124,7 +124,7 @@ def test_no_loss_tokens_give_zero_and_no_nan():
     latent = jnp.zeros((*batch.latent_image.shape, MODEL.latent_channels))
     flow = make_flow(empty, latent, latent, 1.0)
     losses, grads = jax.jit(make_gradient(NETWORK, CONFIG))(NETWORK.init(0), empty, flow)
-    assert losses == (0.0, 0.0)
+    assert losses[:2] == (0.0, 0.0)
     assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
 
 

@@ -5,7 +5,9 @@ of their files (`seals`). A step counts once it is sealed: Orbax writes under a 
 then its files are read once more.
 """
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +19,10 @@ from irg_jax.models.functional import Params
 
 FOLDER = "checkpoints"
 _PART_BYTES = 2**22
+
+
+class SaveError(ValueError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class Bundles:
@@ -38,22 +44,25 @@ class Bundles:
     def save(self, step: int, *, state: Any, ema: Params, position: dict[str, Any]) -> None:
         """Starts a save and returns; arrays are copied before it returns, so they may be donated after.
 
-        `position` is JSON: the next data step and the data's fingerprint.
+        `position` is JSON: the next data step, the data's fingerprint, and what else the run wants to know.
+        Raises: SaveError if this save or an earlier one failed.
         """
+        self.check()
         if step == self.latest():
             return
         context = ocp.Context()
         # Copies of a small array are not written in parts: each part's slice is a program to compile.
         context.array.saving.min_slice_bytes_for_replica_parallel = _PART_BYTES
         # Orbax's own policy would drop a save that is asked for while another is under way.
-        with context:
+        with context, _told(step):
             saved = self._checkpointer.save_checkpointables_async(
                 step, {"state": state, "ema": ema, "position": position}, force=True)
         if jax.process_index() == 0:
             self._seals.append(self._sealing.submit(self._seal, step, saved))
 
     def _seal(self, step: int, saved: ocp.AsyncResponse[None]) -> None:
-        saved.result()
+        with _told(step):
+            saved.result()
         try:
             seal(self._folder / str(step))
         except FileNotFoundError:
@@ -61,17 +70,42 @@ class Bundles:
             if self._keep is None or len(newer) < self._keep:
                 raise     # else it was dropped meanwhile
 
+    def position(self, step: int) -> dict[str, Any]:
+        """The small item of a step alone."""
+        return self._checkpointer.load_checkpointables(step, {"position": None})["position"]
+
     def restore(self, step: int, *, state: Any, ema: Params) -> dict[str, Any]:
-        """Items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""
-        return self._checkpointer.load_checkpointables(
-            step, {"state": state, "ema": ema, "position": None})
+        """Both items of a step; `state` and `ema` are trees of ShapeDtypeStruct with shardings."""
+        return self._checkpointer.load_checkpointables(step, {"state": state, "ema": ema})
+
+    def check(self) -> None:
+        """Raises: SaveError if a save failed, as soon as that is known."""
+        done = [sealed for sealed in self._seals if sealed.done()]
+        self._seals = [sealed for sealed in self._seals if sealed not in done]
+        for sealed in done:
+            sealed.result()
 
     def close(self) -> None:
-        """Waits for saves under way. Raises: what went wrong in one of them."""
-        self._checkpointer.close()
+        """Waits for saves under way. Raises: SaveError if one of them failed."""
         self._sealing.shutdown()
-        for sealed in self._seals:
-            sealed.result()
+        with contextlib.ExitStack() as closing:
+            closing.enter_context(_told(self.latest() or 0))
+            closing.callback(self._checkpointer.close)
+            for sealed in self._seals:
+                sealed.result()
+
+
+@contextlib.contextmanager
+def _told(step: int) -> Iterator[None]:
+    """What Orbax and TensorStore raise for a disk that is full or gone, as one sentence."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:500]
+        raise SaveError(f"a checkpoint, of step {step} or the one before, could not be written: {reason}. Make "
+                        "room; the same command goes on from the newest that is sound") from error
 
 
 def latest_step(stage: pathlib.Path) -> int:

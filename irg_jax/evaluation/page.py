@@ -1,70 +1,43 @@
-"""Renders `report.html`: geometry and choices here, the page itself in `page.html.j2`.
+"""Renders `report.html`: what is shown is chosen here, the page is `page.html.j2` and what that includes.
 
 The page carries its images and curves in itself, runs no script and asks the network for nothing;
 its own Content-Security-Policy says so too.
 """
 
 import base64
-import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import numpy as np
 
+from irg_jax.evaluation.curves import draw_panels
 from irg_jax.evaluation.drawing import split_sections
-from irg_jax.evaluation.results import STAGES, SYSTEMS, Result, Run, read_image
+from irg_jax.evaluation.files import read_image
+from irg_jax.evaluation.results import SYSTEMS, Result, Run
 from irg_jax.evaluation.statistics import DIFFERENCES, OUTCOMES, align_verdicts, classify_outcomes
+from irg_jax.evaluation.training_summary import compare_configs, show_events, show_goodput, show_samples
 
-PANELS = {  # title -> metrics drawn in it
-    "Text loss (CE)": ("ce",),
-    "Image loss (MSE)": ("mse",),
-    "Gradient norm": ("grad_norm",),
-    "Learning rate": ("learning_rate",),
-    "Tokens a second": ("tokens_per_second",),
-    "Pack fill": ("fill_text", "fill_vit", "fill_latent"),
-}
-FROM_ZERO = {"Learning rate", "Tokens a second", "Pack fill"}
-LEFT, RIGHT, TOP, BOTTOM, GAP = 46.0, 352.0, 10.0, 138.0, 14.0  # the plot inside a 360 x 168 panel
-NUM_BINS = 90
 WHISKER_WIDTH = 108.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """SVG points: the mean of each bin of steps, and the band from its least to its largest."""
-
-    name: str
-    stage: str
-    line: str
-    band: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-    """One chart; `ticks` are (y, label), `spans` are (middle x, label) of each stage."""
-
-    title: str
-    curves: tuple[Curve, ...]
-    ticks: tuple[tuple[float, str], ...]
-    spans: tuple[tuple[float, str], ...]
-    logarithmic: bool
-
-
 def render_page(run: Run, report: Mapping[str, Any], *, gallery_size: int = 8) -> str:
-    """The whole page as HTML; `gallery_size` trajectories are shown of each outcome."""
+    """The whole page as HTML; `gallery_size` trajectories are shown of each outcome of an evaluation."""
     folder = pathlib.Path(__file__).parent
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
     environment.filters["duration"] = format_duration
+    evaluated = run.manifest is not None
     return environment.get_template("page.html.j2").render(
-        report=report, systems=SYSTEMS, rows=_list_rows(report),
-        panels=[draw_panel(title, run.metrics) for title in PANELS],
-        gallery=choose_gallery(run.results, gallery_size))
+        report=report, systems=SYSTEMS, evaluated=evaluated, name=run.name,
+        rows=_list_rows(report) if evaluated else [],
+        gallery=choose_gallery(run.results, gallery_size) if evaluated else [],
+        panels=draw_panels({stage.name: stage.metrics for stage in run.stages}),
+        samples=show_samples(run.stages), goodput=show_goodput(run.stages),
+        events=show_events(run.stages), config=compare_configs(run.stages), notes=run.notes)
 
 
 def choose_gallery(results: Sequence[Result], size: int) -> list[dict[str, Any]]:
@@ -87,61 +60,6 @@ def choose_gallery(results: Sequence[Result], size: int) -> list[dict[str, Any]]
     return gallery
 
 
-def draw_panel(title: str, metrics: Mapping[str, Mapping[str, np.ndarray]]) -> Panel:
-    """The curves of one panel, both stages side by side in equal width, on one vertical axis."""
-    names = PANELS[title]
-    bins = {(stage, name): _bin(metrics[stage]["step"], metrics[stage][name])
-            for stage in STAGES for name in names}
-    values = np.concatenate([band for _, *bands in bins.values() for band in bands])
-    low, high = float(values.min()), float(values.max())
-    logarithmic = title not in FROM_ZERO and low > 0 and high > 20 * low
-    scale = math.log10 if logarithmic else float
-    bottom = scale(low) if title not in FROM_ZERO else min(low, 0.0)
-    padding = 0.06 * (scale(high) - bottom) or abs(bottom) or 1.0
-    top, bottom = scale(high) + padding, bottom - padding * (title not in FROM_ZERO)
-    place = lambda value: BOTTOM - (BOTTOM - TOP) * (scale(value) - bottom) / (top - bottom)
-
-    width = (RIGHT - LEFT - GAP) / len(STAGES)
-    curves, spans = [], []
-    for index, stage in enumerate(STAGES):
-        start, last = LEFT + index * (width + GAP), float(metrics[stage]["step"][-1])
-        spans.append((start + width / 2, f"stage {index + 1}: {last + 1:,.0f} steps"))
-        for name in names:
-            steps, means, lows, highs = bins[stage, name]
-            x = start + width * steps / max(last, 1.0)
-            upper = _points(x, map(place, highs))
-            lower = _points(x[::-1], map(place, lows[::-1]))
-            label = name.removeprefix("fill_") if len(names) > 1 else ""
-            curves.append(Curve(label, stage, _points(x, map(place, means)), f"{upper} {lower}"))
-    limits = [10**bottom, 10**top] if logarithmic else [bottom, top]
-    ticks = tuple((place(value), format_short(value))
-                  for value in choose_ticks(*limits, logarithmic=logarithmic))
-    return Panel(title, tuple(curves), ticks, tuple(spans), logarithmic)
-
-
-def choose_ticks(low: float, high: float, *, logarithmic: bool = False) -> list[float]:
-    """Two to six round numbers from low to high, 1, 2 or 5 times a power of ten."""
-    if logarithmic:
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        decades = [10.0**power for power in powers if low <= 10.0**power <= high]
-        if len(decades) > 1:
-            return decades[:: math.ceil(len(decades) / 6)]
-        ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-        return [tick for tick in ticks if low <= tick <= high]
-    rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough * 0.999)
-    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def format_short(value: float) -> str:
-    """A tick's label: 0.25, 12k, 3M, 2e-5."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}".replace("e-0", "e-")
-
-
 def format_duration(seconds: float) -> str:
     """42 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
@@ -150,18 +68,6 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def _bin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(middle step, mean, least, largest) of at most NUM_BINS runs of lines, each [bins]."""
-    chunks = min(NUM_BINS, len(steps))
-    parts = zip(np.array_split(steps, chunks), np.array_split(values, chunks), strict=True)
-    table = [(step.mean(), value.mean(), value.min(), value.max()) for step, value in parts]
-    return tuple(np.array(table).T)
-
-
-def _points(x: Sequence[float], y: Any) -> str:
-    return " ".join(f"{left:.1f},{top:.1f}" for left, top in zip(x, y, strict=True))
 
 
 def _show(result: Result) -> dict[str, Any]:

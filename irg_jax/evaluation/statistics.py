@@ -5,12 +5,13 @@ as large ones; the bootstrap draws prompts within their category for the same re
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from irg_jax.evaluation.results import MORE_TURNS, SYSTEMS, Result, Run
+from irg_jax.evaluation.training_summary import compare_configs, summarize_files
 
 DIFFERENCES = {"turn2_minus_turn1": ("turn2", "turn1"), "turn1_minus_base": ("turn1", "base")}
 OUTCOMES = {  # name -> (is turn 1 right, is turn 2 right)
@@ -122,7 +123,37 @@ def classify_outcomes(verdicts: Verdicts) -> dict[str, tuple[str, ...]]:
 
 
 def build_report(run: Run, *, seed: int = 0) -> dict[str, Any]:
-    """What `report.json` holds; `seed` is the bootstrap's. ValueError if a system is missing."""
+    """What `report.json` holds; `seed` is the bootstrap's. ValueError if an evaluation lacks a system."""
+    configs = compare_configs(run.stages)
+    return {
+        **(_judge(run, seed) if run.manifest else {}),
+        "stages": {stage.name: summarize_stage(stage.metrics) | summarize_files(stage) for stage in run.stages},
+        "timings": {"seconds": dict(run.timings.seconds), "peak_rss_gib": dict(run.timings.peak_rss_gib)},
+        "config_differences": {row["key"]: dict(zip(configs["stages"], row["values"], strict=True))
+                               for row in configs["rows"] if row["differs"]},
+        "notes": list(run.notes),
+    }
+
+
+def summarize_stage(metrics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A stage in a few numbers, None if unknown: means of the last tenth of its lines, medians of speeds."""
+    steps = metrics.get("step", ())
+    tail = slice(-max(1, len(steps) // 10), None)
+    losses = {name: _over(np.mean, metrics, name, tail) for name in ("loss", "ce", "mse")}
+    speeds = {name: _over(np.median, metrics, name, slice(None))
+              for name in ("tokens_per_second", "step_seconds")}
+    return {"steps": int(steps[-1]) + 1 if len(steps) else 0, **losses, **speeds}
+
+
+def _over(reduce: Callable[[np.ndarray], Any], metrics: Mapping[str, np.ndarray], name: str,
+          lines: slice) -> float | None:
+    values = metrics[name][lines] if name in metrics else np.zeros(0)
+    finite = values[np.isfinite(values)]
+    return float(reduce(finite)) if len(finite) else None
+
+
+def _judge(run: Run, seed: int) -> dict[str, Any]:
+    """The part of the report that an evaluation is needed for."""
     scores = score_table(run.results)
     absent = [system for system in SYSTEMS if system not in scores]
     if absent:
@@ -142,25 +173,14 @@ def build_report(run: Run, *, seed: int = 0) -> dict[str, Any]:
         **overall,
         "differences_by_category": by_category,
         "outcomes": {name: len(ids) for name, ids in classify_outcomes(verdicts).items()},
-        "stages": {stage: summarize_stage(metrics) for stage, metrics in run.metrics.items()},
         "seconds": float(sum(timings.seconds.values()) or manifest.seconds),
         "peak_rss_gib": float(max([manifest.peak_rss_gib, *timings.peak_rss_gib.values()])),
-        "timings": {"seconds": dict(timings.seconds), "peak_rss_gib": dict(timings.peak_rss_gib)},
         "seed": manifest.seed,
         "checkpoints": manifest.checkpoints,
         "settings": manifest.settings,
         "versions": manifest.versions,
         "command": manifest.command,
     }
-
-
-def summarize_stage(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """A stage in a few numbers: losses are means of the last tenth of its lines, speeds medians."""
-    tail = slice(-max(1, len(metrics["step"]) // 10), None)
-    losses = {name: float(metrics[name][tail].mean()) for name in ("loss", "ce", "mse")}
-    speeds = {name: float(np.median(metrics[name]))
-              for name in ("tokens_per_second", "step_seconds")}
-    return {"steps": int(metrics["step"][-1]) + 1, **losses, **speeds}
 
 
 def _difference(verdicts: Verdicts, systems: tuple[str, str], chosen: np.ndarray,

@@ -50,6 +50,19 @@ CHIPS = {
 }
 
 
+# Dense bf16 operations a second of GPUs, from NVIDIA's data sheets (without sparsity).
+GPU_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of one device, by what JAX calls it; None of one that is not known, as a CPU."""
+    names = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5p": "v5p", "TPU v5": "v5p",
+             "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+    if device_kind in names:
+        return CHIPS[names[device_kind]].flops
+    return next((flops for name, flops in GPU_FLOPS.items() if name in device_kind), None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Equal slices: the generation of their chips, the sides of one in chips, and how many they are."""

@@ -12,7 +12,7 @@ from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.compiling import abstract
-from irg_jax.training.loop import Placement, check_share, place
+from irg_jax.training.placement import Placement, check_share, place
 from irg_jax.training.losses import encode_image
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.step import TrainState, create_state, make_step
@@ -59,7 +59,7 @@ def lay_out(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh | j
     """The state of a run on a mesh, which may be one without devices."""
     network = Functional(lambda rngs: IRG(model, rngs=rngs))
     vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
-    optimizer = make_optimizer(config.optimizer, config.total_steps, network.shapes)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
     placement = place(network, vae, optimizer, mesh)
     state = jax.eval_shape(lambda params: create_state(params, optimizer), network.shapes)
     return Layout(network, vae, placement, abstract(state, placement.state),

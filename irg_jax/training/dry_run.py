@@ -25,7 +25,7 @@ from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import make_abstract_mesh
 from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import lay_out, trace_encoder
-from irg_jax.training.loop import check_share
+from irg_jax.training.placement import check_share
 from irg_jax.training.planned import Planned, model_flops, plan_packs
 
 _PLANNED = 64   # packs that are planned, and of whose work and records the mean is taken

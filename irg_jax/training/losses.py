@@ -33,6 +33,11 @@ class LossConfig:
     posterior: Literal["sample", "mean"] = "sample"   # the original samples, golden values use the mean
     vae_batch: int = 1                                # images the frozen encoder takes at once
 
+    def __post_init__(self):
+        if min(self.ce_weight, self.mse_weight) < 0 or not self.ce_weight + self.mse_weight:
+            raise ValueError(f"ce_weight is {self.ce_weight} and mse_weight {self.mse_weight}; neither may be "
+                             "negative, and one must be positive")
+
 
 class Flow(NamedTuple):
     """The flow-matching problem of a batch: [B, G, Z], [B, G, Z], [B, G]."""
@@ -163,21 +168,32 @@ def token_losses(
     return ce, (model.velocity(hidden.latent) - flow.target) ** 2
 
 
-class Totals(NamedTuple):
-    """Weights of all loss tokens of the global batch; the divisors of both losses."""
+class Losses(NamedTuple):
+    """Of a whole batch, and of each of its M groups of records: of text and of images."""
 
-    text: Float[Array, ""]
-    latent: Float[Array, ""]
+    ce: Float[Array, ""]
+    mse: Float[Array, ""]
+    group_ce: Float[Array, "M"]
+    group_mse: Float[Array, "M"]
 
 
-def count_totals(batch: PackedBatch) -> Totals:
-    return Totals(jnp.sum(batch.text_weight), jnp.sum(batch.latent_weight))
+def count_totals(batch: PackedBatch, groups: int = 0) -> Losses:
+    """Weights of all loss tokens of the global batch: the divisors of its losses."""
+    text, latent = batch.text_weight, batch.latent_weight
+    return Losses(jnp.sum(text), jnp.sum(latent), _by_group(text, batch.text_group, groups),
+                  _by_group(latent, batch.latent_group, groups))
 
 
 def mean_losses(
-    ce: Float[Array, "B T"], error: Float[Array, "B G Z"], batch: PackedBatch, totals: Totals
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """This part's share of the two means over the global batch; no loss tokens give zero."""
-    share = lambda loss, weight, total: jnp.sum(loss * weight) / jnp.where(total > 0, total, 1.0)
-    return (share(ce, batch.text_weight, totals.text),
-            share(jnp.mean(error, -1), batch.latent_weight, totals.latent))
+    ce: Float[Array, "B T"], error: Float[Array, "B G Z"], batch: PackedBatch, totals: Losses
+) -> Losses:
+    """This part's share of the means over the global batch; no loss tokens give zero."""
+    ce, error, groups = ce * batch.text_weight, jnp.mean(error, -1) * batch.latent_weight, len(totals.group_ce)
+    sums = Losses(jnp.sum(ce), jnp.sum(error), _by_group(ce, batch.text_group, groups),
+                  _by_group(error, batch.latent_group, groups))
+    return jax.tree.map(lambda part, total: part / jnp.where(total > 0, total, 1.0), sums, totals)
+
+
+def _by_group(values: Float[Array, "B _"], group: Int[Array, "B _"], groups: int) -> Float[Array, "M"]:
+    sums = [jnp.sum(values, where=group == number) for number in range(groups)]
+    return jnp.stack(sums) if sums else jnp.zeros(0)

@@ -1,55 +1,117 @@
-"""Where a run's numbers go: the progress bar, one JSON line a step, and TensorBoard."""
+"""Where a run's numbers go: the progress bar, one JSON line a step, TensorBoard, Weights & Biases, and events.
+
+STAGE/metrics.jsonl has a line a step, STAGE/events.jsonl one for everything that is not a step: starts,
+signals, skipped steps, bad records, checkpoints set aside, phases, changes of the config.
+"""
 
 import json
 import logging
+import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import tensorboardX
 import tqdm
 
+from irg_jax.config import TrainConfig
+from irg_jax.parallel.compiling import GIB
+from irg_jax.training.goodput import Ledger
+
+LOG, EVENTS = "metrics.jsonl", "events.jsonl"
 _NAMED = 50    # records of a skipped step
 
 
-class MetricWriter:
-    """Appends to `metrics.jsonl` (one write a line, so that a kill cannot tear one) and to `tensorboard/`."""
+class LineFile:
+    """JSON lines, each appended by one write, so that a kill cannot tear one in two."""
 
-    def __init__(self, folder: pathlib.Path, *, first_step: int):
-        self._path = folder / "metrics.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+    def __init__(self, path: pathlib.Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        line = {"step": step, "time": time.time()} | metrics
+    def write(self, line: Mapping[str, Any]) -> None:
         os.write(self._file, (json.dumps(line) + "\n").encode())
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class EventLog:
+    """What happened beside the steps; without a folder, of no interest."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        self._file = LineFile(folder / EVENTS) if folder else None
+
+    def __enter__(self) -> "EventLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._file:
+            self._file.close()
+
+    def write(self, event: str, step: int | None, text: str) -> None:
+        if self._file:
+            self._file.write({"time": time.time(), "step": step, "event": event, "text": text})
+
+
+class MetricWriter:
+    """`metrics.jsonl` and `tensorboard/`; Weights & Biases too if there is a run of it."""
+
+    def __init__(self, folder: pathlib.Path, *, first_step: int, wandb_run: Any = None):
+        self._file = LineFile(folder / LOG)
+        self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._wandb = wandb_run
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._file.write({"step": step, "time": time.time()} | metrics)
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._board.close()
-        os.close(self._file)
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 class Progress:
     """Tells of a run's steps, one after the other. Skipped ones are counted; too many in a row end the run."""
 
-    def __init__(self, bar: tqdm.tqdm, writer: MetricWriter | None, *, log_every: int, max_skipped: int,
-                 records: Callable[[int], list[str]]):
-        """Args: writer is the first host's; records names what a step held."""
-        self._bar, self._writer, self._records = bar, writer, records
-        self._log_every, self._max_skipped = log_every, max_skipped
-        self._clock, self._skipped, self._in_a_row = time.perf_counter(), 0, 0
+    def __init__(self, bar: tqdm.tqdm, writer: MetricWriter | None, events: EventLog, *, config: TrainConfig,
+                 records: Callable[[int], list[str]], ledger: Ledger, peak_share: float | None):
+        """Args:
+            writer: the first host's.
+            records: names what a step held.
+            peak_share: seconds that a step's useful operations take at the devices' peak; None if unknown.
+        """
+        self._bar, self._writer, self._events, self._records = bar, writer, events, records
+        self._config, self._ledger, self._peak_share = config, ledger, peak_share
+        self._clock, self._skipped, self._in_a_row, self._pending = time.perf_counter(), 0, 0, None
+
+    def tell_previous(self, *step: Any) -> None:
+        """`tell` of the step before this one, whose arguments these are: by now it is done."""
+        if self._pending is not None:
+            self.tell(*self._pending)
+        self._pending = step
+
+    def finish(self) -> None:
+        if self._pending is not None:
+            self.tell(*self._pending)
+        self._bar.close()
 
     def tell(self, step: int, metrics: Mapping[str, Any], data: Mapping[str, float]) -> None:
         """Waits for a step's metrics and writes its line; a skipped step has none.
 
         Raises: FloatingPointError if this is the last skipped step in a row that is allowed.
         """
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # Of a group without loss tokens in this step there is nothing to tell.
+        values = {name: value for name, value in values.items() if "/" not in name or not math.isnan(value)}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         self._bar.update()
@@ -58,21 +120,34 @@ class Progress:
             return
         self._in_a_row = 0
         values |= {"tokens_per_second": values.pop("tokens") / seconds, "step_seconds": seconds,
-                   "skipped_steps": self._skipped, **data}
-        if self._writer and step % self._log_every == 0:
+                   "skipped_steps": self._skipped, "goodput": self._ledger.goodput, **data, **measure_memory()}
+        if self._peak_share:
+            values["mfu"] = self._peak_share / seconds
+        if self._writer and step % self._config.log_every == 0:
             self._writer.write(step, values)
-        self._bar.set_postfix(ce=f"{values['ce']:.3f}", mse=f"{values['mse']:.4f}", refresh=False)
+        self._ledger.write()
+        shown = {"ce": f"{values['ce']:.3f}", "mse": f"{values['mse']:.4f}"}
+        shown |= {"mfu": f"{values['mfu']:.1%}"} if "mfu" in values else {}
+        self._bar.set_postfix(shown, refresh=False)
 
     def _skip(self, step: int, values: Mapping[str, float]) -> None:
         self._skipped, self._in_a_row = self._skipped + 1, self._in_a_row + 1
         names = self._records(step)
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         held = f"it held {', '.join(names[:_NAMED])}{more}"
-        logging.warning("step %d changed nothing: loss is %g (ce %g, mse %g), the gradient's norm %g; %s",
-                        step, *(values[name] for name in ("loss", "ce", "mse", "grad_norm")), held)
-        if self._in_a_row == self._max_skipped:
+        told = (f"loss is {values['loss']:g} (ce {values['ce']:g}, mse {values['mse']:g}), the gradient's norm "
+                f"{values['grad_norm']:g}; {held}")
+        logging.warning("step %d changed nothing: %s", step, told)
+        self._events.write("skipped step", step, told)
+        if self._in_a_row == self._config.max_skipped:
             first = step - self._in_a_row + 1
             raise FloatingPointError(
                 f"loss or gradient was not finite in {self._in_a_row} steps in a row (max_skipped): loss is "
                 f"{values['loss']:g} at step {step}; {held}. Look at these records, or lower the rate. "
                 f"The last checkpoint is from before step {first}, and nothing has changed since that step")
+
+
+def measure_memory() -> dict[str, float]:
+    """The most that this host's first device has held, where it tells: {"hbm_gib": ...}."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"hbm_gib": stats["peak_bytes_in_use"] / GIB} if "peak_bytes_in_use" in stats else {}

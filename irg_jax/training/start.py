@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import pathlib
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -19,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "gra
 
 
 @contextlib.contextmanager
-def start(config: TrainConfig, place: Place | None, *, timeout: int) -> Iterator[Hosts]:
+def start(stages: Sequence[TrainConfig], place: Place | None, *, timeout: int) -> Iterator[Hosts]:
     """All hosts of a run, JAX ready among them. Args: place is None for a process that is alone.
 
     Raises: ValueError if a host does not come within `timeout` seconds, or is about to run something else.
@@ -30,7 +30,7 @@ def start(config: TrainConfig, place: Place | None, *, timeout: int) -> Iterator
         return
     hosts = meet(place, timeout)
     with contextlib.closing(hosts):
-        hosts.agree(describe_code() | describe_config(config))
+        hosts.agree(describe_code() | describe_config(stages))
         start_jax(place, timeout)
         yield hosts
 
@@ -56,6 +56,8 @@ def describe_code() -> dict[str, str]:
     return facts
 
 
-def describe_config(config: TrainConfig) -> dict[str, str]:
+def describe_config(stages: Sequence[TrainConfig]) -> dict[str, str]:
     """Every field, so that one that differs can be told."""
-    return {f"config.{name}": repr(value) for name, value in flatten(dataclasses.asdict(config)).items()}
+    where = {f"config.stages.{stage.stage}" if len(stages) > 1 else "config": stage for stage in stages}
+    return {f"{prefix}.{name}": repr(value) for prefix, stage in where.items()
+            for name, value in flatten(dataclasses.asdict(stage)).items()}

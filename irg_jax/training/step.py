@@ -13,14 +13,24 @@ from irg_jax.models.functional import Functional, Params
 from irg_jax.training.losses import (
     Flow,
     LossConfig,
-    Totals,
+    Losses,
     count_totals,
     encode_latents,
     make_flow,
     mean_losses,
     token_losses,
 )
-from irg_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, update_ema
+from irg_jax.training.optimizer import (
+    GROUPS,
+    OptimizerConfig,
+    group_of,
+    learning_rate,
+    make_optimizer,
+    paths_of,
+    replace,
+    select,
+    update_ema,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +56,7 @@ class StepConfig:
     accumulate: int = 1          # parts that a step's packs are taken in, one after the other
     dtype: str = "float32"       # of matmuls; softmax, norms, losses and optimiser stay float32
     remat: str = "full"          # see `irg_jax.models.stack`
+    groups: tuple[str, ...] = () # of records, whose losses are told apart
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -54,46 +65,74 @@ def create_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def make_loss(model: Functional, config: StepConfig) -> Callable:
-    """(params, part of the batch, its flow, totals) -> (weighted sum, (ce, mse)); shares of global means."""
-    def loss(params: Params, batch: PackedBatch, flow: Flow, totals: Totals):
+    """(what trains, params, part of the batch, its flow, totals) -> (weighted sum, losses).
+
+    Shares of global means. A loss of weight 0 is told and has no gradient.
+    """
+    weights = config.loss.ce_weight, config.loss.mse_weight
+
+    def loss(trained: Params, params: Params, batch: PackedBatch, flow: Flow, totals: Losses):
+        params = replace(params, trained)
         ce, error = token_losses(model.bind(params), batch, flow, dtype=jnp.dtype(config.dtype),
                                  remat=config.remat)
-        ce, mse = mean_losses(ce, error, batch, totals)
-        return config.loss.ce_weight * ce + config.loss.mse_weight * mse, (ce, mse)
+        losses = mean_losses(ce, error, batch, totals)
+        return sum(weight * loss for weight, loss in zip(weights, (losses.ce, losses.mse)) if weight), losses
     return loss
 
 
 def make_gradient(model: Functional, config: StepConfig) -> Callable:
-    """(params, batch, flow) -> ((ce, mse), gradient) of the means over the whole batch.
+    """(params, batch, flow) -> (losses, gradient of what trains) of the means over the whole batch.
 
     With accumulation the packs are taken in parts, and the divisors are still those of the whole.
     """
     value_and_grad = jax.value_and_grad(make_loss(model, config), has_aux=True)
 
     def gradient(params: Params, batch: PackedBatch, flow: Flow):
-        totals = count_totals(batch)
+        totals, trained = count_totals(batch, len(config.groups)), select(params, config.optimizer.frozen)
         if config.accumulate == 1:
-            (_, losses), grads = value_and_grad(params, batch, flow, totals)
+            (_, losses), grads = value_and_grad(trained, params, batch, flow, totals)
             return losses, grads
         # Every n-th pack: a part is then spread over all devices as the whole is, and nothing moves.
         split = lambda x: x.reshape(len(x) // config.accumulate, config.accumulate, *x.shape[1:])
         parts = jax.tree.map(lambda x: split(x).swapaxes(0, 1), (batch, flow))
 
         def add(total, part):
-            (_, losses), grads = value_and_grad(params, *part, totals)
+            (_, losses), grads = value_and_grad(trained, params, *part, totals)
             return jax.tree.map(jnp.add, total, (losses, grads)), None
-        zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, params))
+        zero = (jax.tree.map(jnp.zeros_like, totals), jax.tree.map(jnp.zeros_like, trained))
         return jax.lax.scan(add, zero, parts)[0]
     return gradient
 
 
 def make_update(config: StepConfig, optimizer: optax.GradientTransformation) -> Callable:
-    """(state, grads) -> new state: optimiser, then EMA."""
-    def update(state: TrainState, grads: Params) -> TrainState:
+    """(state, grads) -> (new state, size of the update over that of what it changes): optimiser, then EMA."""
+    def update(state: TrainState, grads: Params) -> tuple[TrainState, jax.Array]:
         updates, opt = optimizer.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt, update_ema(config.optimizer, state.ema, params))
+        trained = select(state.params, config.optimizer.frozen)
+        params = replace(state.params, optax.apply_updates(trained, updates))
+        ratio = optax.tree.norm(updates) / jnp.maximum(optax.tree.norm(trained), jnp.finfo(jnp.float32).tiny)
+        return TrainState(state.step + 1, params, opt, update_ema(config.optimizer, state.ema, params)), ratio
     return update
+
+
+def name_losses(losses: Losses, batch: PackedBatch, groups: tuple[str, ...]) -> dict[str, jax.Array]:
+    """`ce`, `mse`, and those of every group, `ce/<group>`; NaN where a batch has no loss token of a group."""
+    totals = count_totals(batch, len(groups))
+    of_groups = {f"{kind}/{name}": jnp.where(total[number] > 0, loss[number], jnp.nan)
+                 for kind, loss, total in (("ce", losses.group_ce, totals.group_ce),
+                                           ("mse", losses.group_mse, totals.group_mse))
+                 for number, name in enumerate(groups)}
+    return {"ce": losses.ce, "mse": losses.mse} | of_groups
+
+
+def measure_gradient(grads: Params) -> dict[str, jax.Array]:
+    """Norms: `grad_norm`, and `grad_norm/<group>` of every group that trains."""
+    squares = {name: [] for name in GROUPS}
+    for path, leaf in zip(paths_of(grads), jax.tree.leaves(grads), strict=True):
+        squares[group_of(path)].append(jnp.sum(jnp.square(leaf.astype(jnp.float32))))
+    squares = {name: sum(parts) for name, parts in squares.items() if parts}
+    return {"grad_norm": jnp.sqrt(sum(squares.values()))} | {
+        f"grad_norm/{name}": jnp.sqrt(square) for name, square in squares.items()}
 
 
 def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callable:
@@ -104,7 +143,7 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
     they were (`finite`).
     """
     gradient = make_gradient(model, config)
-    update = make_update(config, make_optimizer(config.optimizer, config.total_steps, model.shapes))
+    update = make_update(config, make_optimizer(config.optimizer, config.total_steps))
     rate = learning_rate(config.optimizer, config.total_steps)
 
     def step(state: TrainState, vae_params: Params, batch: PackedBatch) -> tuple[TrainState, dict[str, Any]]:
@@ -113,14 +152,15 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
                                 jnp.dtype(config.dtype))
         noise = jax.random.normal(key_noise, latent.shape, jnp.float32)
         flow = make_flow(batch, latent, noise, config.loss.timestep_shift)
-        (ce, mse), grads = gradient(state.params, batch, flow)
+        losses, grads = gradient(state.params, batch, flow)
         streams = (batch.text_rows, batch.vit_rows, batch.latent_rows)
         tokens = sum(jnp.sum(rows.last >= 0) for rows in streams)   # without padding
-        metrics = {"loss": config.loss.ce_weight * ce + config.loss.mse_weight * mse, "ce": ce, "mse": mse,
-                   "tokens": tokens,
-                   "learning_rate": rate(state.step), "grad_norm": optax.tree.norm(grads)}
+        loss = config.loss.ce_weight * losses.ce + config.loss.mse_weight * losses.mse
+        metrics = {"loss": loss, **name_losses(losses, batch, config.groups), "tokens": tokens,
+                   "learning_rate": rate(state.step), **measure_gradient(grads)}
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        new, metrics["update_ratio"] = update(state, grads)
         skipped = dataclasses.replace(state, step=state.step + 1)   # the next step has noise of its own
         keep = lambda new, old: jnp.where(metrics["finite"], new, old)
-        return jax.tree.map(keep, update(state, grads), skipped), metrics
+        return jax.tree.map(keep, new, skipped), metrics
     return step

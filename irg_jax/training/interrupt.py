@@ -1,0 +1,38 @@
+"""A run is asked to stop by a signal; it saves and ends."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+from jax.experimental import multihost_utils
+
+from irg_jax.parallel.hosts import Hosts
+
+
+class Interrupt:
+    """Whether SIGTERM or SIGINT came, to this host or another: the loop then saves and ends.
+
+    Among several hosts, SIGTERM is left to JAX's coordination service, which tells them all and chooses a step
+    that none of them has passed.
+    """
+
+    def __init__(self, hosts: Hosts):
+        self._several, self._set = hosts.count > 1, False
+
+    def reached(self, step: int) -> bool:
+        """To be asked before every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._set
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator["Interrupt"]:
+        def handler(number, frame):
+            if self._several:
+                signal.raise_signal(signal.SIGTERM)
+            self._set = True
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, handler) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)

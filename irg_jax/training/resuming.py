@@ -1,0 +1,47 @@
+"""A run goes on with the config that it was begun with, or is told by name what has changed."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Collection
+from typing import Any
+
+from data_pipelines.fingerprints import compare, flatten
+from irg_jax.config import TrainConfig
+
+CONFIG = "config.json"
+# These change no step but by rounding, or nothing at all. What data give is compared by `check_position`.
+FREE = ("data", "mesh", "topologies", "accumulate", "remat", "save_every", "keep", "log_every", "max_skipped",
+        "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
+        "export")
+
+
+def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
+    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted: Collection[str]) -> list[str]:
+    """What has changed since the run was begun and is accepted, a sentence each.
+
+    Args: accepted are the dotted names of fields that may change.
+    Raises: ValueError naming those that changed and are not accepted, or accepted ones that are none.
+    """
+    try:
+        begun = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG}, the config that the run was begun with, cannot be read: {error}"
+                         ) from error
+    old, new = _compared(begun), _compared(json.loads(json.dumps(dataclasses.asdict(config))))
+    if unknown := [name for name in accepted if name not in old and name not in new]:
+        raise ValueError(f"--accept_changes names {', '.join(unknown)}, and these are compared: "
+                         f"{', '.join(sorted(new))}")
+    changed = {difference.partition(":")[0]: difference for difference in compare(old, new)}
+    if refused := [name for name in changed if name not in accepted]:
+        told = "; ".join(changed[name] for name in refused)
+        raise ValueError(f"{folder} was begun with another config: {told}. Undo that, use another --workdir, "
+                         f"or go on from step {step} with --accept_changes={','.join(refused)}")
+    return [f"from step {step} on {difference}" for difference in changed.values()]
+
+
+def _compared(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in flatten(config).items() if name.split(".")[0] not in FREE}

@@ -1,0 +1,236 @@
+"""One stage of training: what is compiled, what is carried, where it is written.
+
+A stage folder RUN/<stage> holds `model.json`, `tokenizer.json` and `vae.safetensors` (what does not train),
+`checkpoints/`, `config.json`, the logs (see `metrics`), `goodput.json` and `samples/`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+
+from data_pipelines.batch import PackedBatch
+from data_pipelines.faults import Fault
+from data_pipelines.fingerprints import digest_values
+from data_pipelines.pipeline import make_iterator
+from irg_jax.checkpoints.bundle import Bundles, latest_step
+from irg_jax.checkpoints.model import Model, save_stage_frozen
+from irg_jax.checkpoints.placement import load_frozen, load_onto, put
+from irg_jax.config import TrainConfig, check_model
+from irg_jax.models.functional import Functional
+from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.parallel.hosts import Hosts
+from irg_jax.parallel.sharding import make_mesh, replicated
+from irg_jax.training.goodput import Ledger
+from irg_jax.training.metrics import LOG, EventLog
+from irg_jax.training.moments import check_moments
+from irg_jax.training.optimizer import OptimizerConfig, make_optimizer, select
+from irg_jax.training.placement import check_share, place, rows_here
+from irg_jax.training.profiling import seconds_at_peak
+from irg_jax.training.resuming import check_changes
+from irg_jax.training.step import TrainState, create_state, make_step
+
+
+def find_source(config: TrainConfig, workdir: pathlib.Path) -> str | pathlib.Path:
+    """The weights a new stage starts from: a checkpoint, or the EMA of another stage of this workdir."""
+    source, separator, weights = config.init_from.partition(":")
+    if not separator:
+        return source
+    if weights != "ema" or "/" in source:
+        raise ValueError(f"init_from is {config.init_from!r}; use a checkpoint's folder or '<stage>:ema'")
+    check_finished(workdir / source)
+    return workdir / source
+
+
+def check_finished(folder: pathlib.Path) -> None:
+    """Raises ValueError if a stage was stopped before its last step: the next would start from less."""
+    try:
+        wanted = json.loads((folder / "config.json").read_text())["total_steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no trained stage ({error})") from error
+    reached = latest_step(folder)
+    if reached < wanted:
+        raise ValueError(f"{folder} stopped at step {reached} of {wanted}; finish that stage first")
+
+
+class Trainer:
+    """One stage: what is compiled, what is carried, where it is written.
+
+    Made by every host by itself, which can fail on one; from `load` on all act together.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: pathlib.Path, hosts: Hosts,
+                 accepted: Collection[str] = (), events: EventLog | None = None):
+        """Args: accepted are the names of config fields that may have changed since the stage was begun."""
+        self.config, self.folder, self.hosts = config, workdir / config.stage, hosts
+        self._events = events or EventLog(None)
+        self.ledger = Ledger(self.folder / "goodput.json" if hosts.is_first else None)
+        self.start = latest_step(self.folder)
+        self.changes = check_changes(self.folder, config, self.start, accepted) if self.start else []
+        self._origin = self.folder if self.start else find_source(config, workdir)
+        self._source = source = load_frozen(self._origin)
+        check_model(config.data, source.config)
+        check_moments(config.data, source)
+        if source.tokenizer is None:
+            raise ValueError(f"{config.init_from} has no tokenizer.json; training needs one")
+        self.model = Functional(lambda rngs: IRG(source.config, rngs=rngs))
+        self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
+        self.mesh = make_mesh(config.mesh)
+        check_share(config, self.mesh)
+        for step in (0, *(phase.from_step for phase in config.phases)):   # a name that is none is refused now
+            select(self.model.shapes, config.at(step).optimizer.frozen)
+        self._lay_out(config.at(self.start).optimizer)
+        self.rows = rows_here(self.placement.batch.image_height, config.data.packs_per_step)
+        self.data = make_iterator(config.data, source.tokenizer, start=self.start, rows=self.rows,
+                                  keep_journal=hosts.is_first)
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on every host before they go on together."""
+        return {"workdir": str(self.folder.absolute()), "checkpoint step": str(self.start),
+                "data": digest_values(self.data.packs.fingerprint), "devices": name_devices()}
+
+    def load(self) -> None:
+        """Places parameters and state; all hosts do this together."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.data.close)
+            self.vae_params = jax.tree.map(put, self._source.vae, self.placement.vae)
+            self.params = None if self.start else load_onto(self._origin, self.placement.state.params)
+            # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
+            self.bundles = Bundles(self.folder, keep=self.config.keep)
+            undo.callback(self.bundles.close)
+            self.state = self._restore() if self.start else self._create()
+            undo.pop_all()
+        self.enter(self.start)
+
+    def enter(self, step: int) -> None:
+        """Prepares the phase of `step`: its program, and moments of what trains in it and of nothing else."""
+        config = self.config.at(step)
+        self._lay_out(config.optimizer)
+        opt = carry_over(self.state, self._optimizer, self.placement.state.opt)
+        self.state = dataclasses.replace(self.state, opt=opt)
+        self._frozen, self._is_compiled = config.optimizer.frozen, False
+        self._step = jax.jit(make_step(self.model, self.vae, config.step_config()), donate_argnums=0,
+                             out_shardings=(self.placement.state, self.placement.scalar))
+
+    def advance(self, batch: PackedBatch) -> dict[str, Any]:
+        """Starts a step with this process's packs; returns its metrics, which are not waited for."""
+        batch = self.put(batch)
+        with contextlib.nullcontext() if self._is_compiled else self.ledger.spend("compiling"):
+            self.state, metrics = self._step(self.state, self.vae_params, batch)
+        self._is_compiled = True
+        return metrics
+
+    def _lay_out(self, config: OptimizerConfig) -> None:
+        self._optimizer = make_optimizer(config, self.config.total_steps)
+        self.placement = place(self.model, self.vae, self._optimizer, self.mesh)
+
+    def _create(self) -> TrainState:
+        if self.hosts.is_first:
+            save_stage_frozen(self.folder, self._source)
+        self.ledger.resume({}, self.folder / LOG, 0)
+        create = jax.jit(lambda params: create_state(params, self._optimizer),
+                         out_shardings=self.placement.state)
+        params, self.params = self.params, None
+        return create(params)
+
+    def _restore(self) -> TrainState:
+        """The newest state, with the moments of what trained when it was saved."""
+        position = self.bundles.position(self.start)
+        self.data.check_position(position)
+        self.ledger.resume(position["timer"], self.folder / LOG, self.start)
+        self._lay_out(dataclasses.replace(self.config.optimizer, frozen=tuple(position["frozen"])))
+        shapes = jax.eval_shape(lambda params: create_state(params, self._optimizer), self.model.shapes)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+                                self.placement.state)
+        items = self.bundles.restore(self.start, state=as_item(abstract), ema=abstract.ema)
+        return TrainState(**items["state"], ema=items["ema"])
+
+    def save(self, step: int) -> None:
+        """Raises: OSError if an earlier save failed, e.g. on a full disk."""
+        with self.ledger.spend("saving"):
+            position = self.data.position(step) | {"timer": self.ledger.state(), "frozen": list(self._frozen)}
+            self.bundles.save(step, state=as_item(self.state), ema=self.state.ema, position=position)
+        self.ledger.write(now=True)
+
+    def next_batch(self) -> PackedBatch:
+        """This process's packs of the next step. Host 0 counts what is bad on any of them, and names it.
+
+        Raises: ValueError if it is more than is allowed.
+        """
+        asked = time.perf_counter()
+        with self.ledger.spend("waiting for data"):
+            batch = next(self.data)
+        self._waited = time.perf_counter() - asked
+        for fault in self.data.faults:
+            self.hosts.note(fault)
+        for fault in self.hosts.notes():
+            self.data.packs.bad.add(Fault(*fault))
+            self._events.write("bad record", self.data.get_state() - 1, ": ".join(fault))
+        return batch
+
+    def data_counters(self, step: int) -> dict[str, float]:
+        """Of all data so far, and of the step's: wait for it, and used share of each stream."""
+        fill = {f"fill_{stream}": share for stream, share in self.data.fill(step).items()}
+        return self.data.counters | {"data_wait_seconds": self._waited} | fill
+
+    def seconds_at_peak(self) -> float | None:
+        """What a step would take at the devices' peak; told on the first host alone."""
+        if not self.hosts.is_first:
+            return None
+        return seconds_at_peak(self.config, self._source.config, self.data.packs)
+
+    def draw(self, draw: Callable[[Model, int], None], step: int) -> None:
+        """Lets `draw` have the EMA as a model, on this process's first device."""
+        first = jax.sharding.Mesh([[[[jax.local_devices()[0]]]]], self.mesh.axis_names)
+        there = replicated(first)
+        dtype = jnp.dtype(self.config.dtype)
+        with self.ledger.spend("drawing"), jax.set_mesh(first):
+            ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), self.state.ema)
+            draw(dataclasses.replace(self._source, params=ema), step)
+
+    def put(self, batch: PackedBatch) -> PackedBatch:
+        """This process's packs -> global arrays."""
+        places = {row: place for place, row in enumerate(self.rows)}
+        packs = self.config.data.packs_per_step
+
+        def put(sharding: NamedSharding, local: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                rows = range(packs)[index[0]]   # neighbours, and so they are in `local`
+                return local[places[rows[0]]:places[rows[-1]] + 1, *index[1:]]
+            return jax.make_array_from_callback((packs, *local.shape[1:]), sharding, part)
+        return jax.tree.map(put, self.placement.batch, batch)
+
+
+def carry_over(state: TrainState, optimizer: optax.GradientTransformation, shardings: Any) -> Any:
+    """The state of an optimiser of other parameters, perhaps: what is known stays, the rest begins."""
+    wanted = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, state.params))
+    known = dict(jax.tree_util.tree_leaves_with_path(state.opt))
+    missing = [place for place, (path, _) in enumerate(wanted) if path not in known]
+    begin = lambda params: [leaf for place, leaf in enumerate(jax.tree.leaves(optimizer.init(params)))
+                            if place in missing]
+    places = jax.tree.leaves(shardings)
+    begun = jax.jit(begin, out_shardings=[places[place] for place in missing])(state.params) if missing else []
+    fresh = dict(zip(missing, begun, strict=True))
+    leaves = [fresh[place] if place in fresh else known[path] for place, (path, _) in enumerate(wanted)]
+    return jax.tree.unflatten(jax.tree.structure(shardings), leaves)
+
+
+def name_devices() -> str:
+    """This host's, e.g. "4 x TPU v5p"."""
+    kinds = collections.Counter(device.device_kind for device in jax.local_devices())
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def as_item(state: TrainState) -> dict[str, Any]:
+    """The state as a dict for Orbax; the EMA is an item of its own, so that it can be read alone."""
+    return {"step": state.step, "params": state.params, "opt": state.opt}
