@@ -79,8 +79,7 @@ def measure(config: TrainConfig, workdir: pathlib.Path) -> dict[str, Any]:
     trainer.bundles.close()
 
     def step(batch):
-        trainer.state, metrics = trainer.step(trainer.state, trainer.vae_params, trainer.put(batch))
-        return int(metrics["tokens"])   # when they are there
+        return int(trainer.advance(batch)["tokens"])   # when they are there
     with jax.set_mesh(trainer.mesh):
         compile_seconds = timed(lambda: step(batches[0]))
         seconds = statistics.median(timed(lambda: step(batch)) for batch in batches)

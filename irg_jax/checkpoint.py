@@ -10,6 +10,7 @@ that a resume takes, from metadata: it reads no array, and does not see whether 
 
 import argparse
 import contextlib
+import logging
 import os
 import pathlib
 import sys
@@ -102,11 +103,9 @@ def show(folder: pathlib.Path, *, leaves: bool) -> None:
     if not steps:
         raise ValueError(f"{str(folder)!r} has no sealed step")
     import jax   # it and Orbax take seconds, which `ls` should not cost
-    from absl import logging
 
     from irg_jax.checkpoints.contents import group, read_contents
     jax.config.update("jax_platforms", "cpu")   # the accelerator may be at work, on this very run
-    logging.set_verbosity(logging.FATAL)   # a fault is told in one sentence; Orbax would print whole files
     for step in steps:
         contents = read_contents(step.path)
         print(f"{step.path}: {step.standing}, saved {format_time(step)}, {format_size(step.size())}\n")
@@ -153,5 +152,6 @@ def ignore_late_reads(fault) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable()   # a fault is told in one sentence; Orbax would print whole files, asyncio tracebacks
     sys.unraisablehook = ignore_late_reads
     sys.exit(main())

@@ -1,6 +1,7 @@
 """What a training run is made of: frozen dataclasses, filled once from a ConfigDict at the door."""
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 from data_pipelines.config import DataConfig
@@ -73,6 +74,7 @@ class TrainConfig:
     peak_tflops: float = 0.0         # of a device, for MFU; 0: as the table of known chips has it
     profile_at: int = 0              # step whose trace goes to STAGE/profile; 0: none
     profile_steps: int = 3           # steps that are traced
+    wandb: str = ""                  # "offline" or "online": Weights & Biases too, if it is installed
     draw_every: int = 0              # steps between drawings of `samples`; their last is at the end
     samples: dict[str, Any] = dataclasses.field(default_factory=dict)    # a `SampleConfig`
     export: str = ""                 # format in which the end of the stage is exported to STAGE/export, or none
@@ -82,6 +84,10 @@ class TrainConfig:
             raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        if self.wandb not in ("", "offline", "online"):
+            raise ValueError(f"wandb is {self.wandb!r}; use 'offline', 'online' or nothing")
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb is asked for and not installed: pip install wandb, or leave it out")
         if self.export not in ("", "bagel", "orbax"):
             raise ValueError(f"export is {self.export!r}; use 'bagel', 'orbax' or nothing")
         if self.remat not in REMAT:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from PIL import Image
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
@@ -68,7 +69,7 @@ def merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     return values | {name: merge(values[name], others[name]) if both(name) else others[name] for name in others}
 
 
-def make_draw(config: TrainConfig, workdir: pathlib.Path) -> Callable[[Model, int], None] | None:
+def make_draw(config: TrainConfig, workdir: pathlib.Path) -> Callable[[Model, int], Image.Image] | None:
     """Draws the stage's samples into its folder; None if it has none."""
     if not config.samples:
         return None
@@ -108,6 +109,8 @@ def main(values) -> None:
     with start(stages, place, timeout=values.start_timeout) as hosts:
         for config, draw in zip(stages, draws, strict=True):
             accepted = values.accept_changes
+            # Among several hosts no process has all of a model.
+            draw = draw if hosts.count == 1 else None
             if train(config, workdir, hosts, accepted=accepted, draw=draw) < config.total_steps:
                 return
             if hosts.count == 1:

@@ -30,7 +30,7 @@ from irg_jax.training.compact import (
 B1, B2, EPS = 0.9, 0.95, 1e-15
 STEP = 2 ** (OCTAVES / ROOT_TOP) - 1     # of a code of r
 COMPACT = ("bfloat16", "int8")
-SHAPE = (48, 96)
+SHAPE = (32, 64)
 
 
 def make(moments: str):
@@ -145,8 +145,8 @@ def test_float32_is_adam():
         np.testing.assert_array_equal(update, -want)
 
 
-# Against an update of order 1: mean square error, and the largest of 900,000.
-BOUNDS = {"bfloat16": (0.005, 0.03), "int8": (0.06, 0.5)}
+# Of the error of an update, which is of order 1: root mean square, and the largest of 400,000.
+BOUNDS = {"bfloat16": (0.005, 0.04), "int8": (0.03, 0.25)}
 
 
 @pytest.mark.parametrize("moments", COMPACT)
@@ -179,7 +179,7 @@ def test_no_gradient_is_too_small(moments, scale):
 @pytest.mark.parametrize("moments", COMPACT)
 def test_gradients_far_apart_in_one_row_give_smaller_updates_never_larger(moments):
     sizes = 10.0 ** -np.linspace(0, 34, SHAPE[1])
-    sizes = np.random.default_rng(1).permuted(np.tile(sizes, (SHAPE[0], 1)), 1)
+    sizes = np.random.default_rng(1).permuted(np.tile(sizes, (SHAPE[0], 1)), axis=1)
     grads = np.float32(draw("normal", 100) * sizes)
     got, want = np.asarray(runner(moments)(grads)[0]), exact(grads)[0]
     assert np.isfinite(got).all() and np.abs(got).max() <= 1.5 * np.abs(want).max()

@@ -108,19 +108,18 @@ def test_losses_of_the_groups_make_up_the_whole(run):
             assert parts and min(parts) - 1e-6 <= line[kind] <= max(parts) + 1e-6
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_a_run_that_stops_around_a_phase_resumes_bit_for_bit(run, base, monkeypatch, stop):  # noqa: F811
+def test_a_run_that_stops_where_a_phase_begins_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
     fields = {"stage": "phased", "total_steps": 6, "save_every": 1, "keep": 10, "phases": PHASES}
     tell = Progress.tell
     def tell_then_signal(self, step, *args):
-        if step == stop:
+        if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         tell(self, step, *args)
     monkeypatch.setattr(Progress, "tell", tell_then_signal)
-    assert train(config(base, **fields), base / f"stopped{stop}") < 6
+    assert train(config(base, **fields), base / "stopped") < 6
     monkeypatch.undo()
-    assert train(config(base, **fields), base / f"stopped{stop}") == 6
-    assert metrics(base / f"stopped{stop}" / "phased") == metrics(run)
+    assert train(config(base, **fields), base / "stopped") == 6
+    assert metrics(base / "stopped" / "phased") == metrics(run)
 
 
 @pytest.mark.parametrize("phases, message", [

@@ -93,6 +93,20 @@ def test_any_mesh_gives_the_same_steps(single, mesh):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+def test_moments_of_eight_bits_are_the_same_on_any_mesh_and_near_the_whole_ones(single):
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments="int8"))
+    alone, _ = run(MeshConfig(), 1, config)
+    split, state = run(MeshConfig(fsdp=2, tensor=2), 4, config)
+    np.testing.assert_allclose(split, alone, rtol=1e-4)
+    np.testing.assert_allclose(alone, single[0], rtol=0.02)
+    adam = next(s for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    kernel = lambda tree: tree["decoder"]["layers"]["gen"]["gate"]["kernel"]
+    assert kernel(adam.mu).dtype == jnp.int8 and kernel(adam.nu).code.dtype == jnp.uint8
+    split_axes = P(None, ("fsdp", "context"), ("tensor",))
+    assert kernel(adam.mu).sharding.spec == kernel(adam.nu).code.sharding.spec == split_axes
+    assert kernel(adam.nu).rows.sharding.spec[1:2] == (("fsdp", "context"),)
+
+
 def test_parameters_and_moments_are_sharded_as_the_table_says():
     _, state = run(MeshConfig(fsdp=2, tensor=2), 4, CONFIG, steps=1)
     adam = next(s for s in jax.tree.leaves(state.opt, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))

@@ -26,7 +26,8 @@ def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: 
         "params": sum(math.prod(x.shape) for x in jax.tree.leaves(step.state.params)),
         "packs_per_step": data.packs_per_step, "accumulate": config.accumulate,
         "tokens_per_step": data.packs_per_step * (data.text_tokens + data.vit_tokens + data.latent_tokens),
-        "state_gib": device_bytes(step.state) / GIB,
+        "state_gib": device_bytes(step.state) / GIB, "params_gib": device_bytes(step.state.params) / GIB,
+        "moments_gib": device_bytes(step.state.opt) / GIB, "ema_gib": device_bytes(step.state.ema) / GIB,
         "fill": planned.fill, "visible_ratio": planned.visible_ratio, "visited_ratio": planned.visited_ratio,
         **summarize(report, topology, useful, executed),
         "overrides": " ".join([f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()]

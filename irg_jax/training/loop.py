@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 import jax
 import tqdm
+from PIL import Image
 
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.model import Model
@@ -21,8 +22,8 @@ from irg_jax.training.profiling import Profiler
 from irg_jax.training.resuming import write_config
 from irg_jax.training.trainer import Trainer, name_devices
 
-# (the EMA as a model, the step): draws it for people to look at.
-Draw = Callable[[Model, int], None]
+# (the EMA as a model, the step) -> a picture for people to look at.
+Draw = Callable[[Model, int], Image.Image]
 
 
 def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None, *,
@@ -39,18 +40,23 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
     """
     hosts, folder = hosts or Hosts(), workdir / config.stage
     with contextlib.ExitStack() as closing:
+        begun, aside = hosts.is_first and folder.is_dir(), []
         with hosts.together():
-            if hosts.is_first:
+            if begun:
                 closing.enter_context(claim(folder))
-        events = closing.enter_context(EventLog(folder if hosts.is_first else None))
-        with hosts.together():
-            for sentence in set_bad_aside(folder / BUNDLES) if hosts.is_first else ():
-                logging.error("%s", sentence)
-                events.write("set aside", None, sentence)
+                aside = set_bad_aside(folder / BUNDLES)
+        for sentence in aside:
+            logging.error("%s", sentence)
         with hosts.together() as facts:
-            trainer = Trainer(config, workdir, hosts, accepted, events)
+            trainer = Trainer(config, workdir, hosts, accepted)
+            closing.enter_context(contextlib.closing(trainer.data))
             facts |= trainer.facts()
-        closing.enter_context(contextlib.closing(trainer.data))
+        with hosts.together():
+            if hosts.is_first and not begun:    # what is refused leaves no folder
+                closing.enter_context(claim(folder))
+        trainer.events = closing.enter_context(EventLog(folder if hosts.is_first else None))
+        for sentence in aside:
+            trainer.events.write("set aside", trainer.start, sentence)
         interrupt = closing.enter_context(Interrupt(hosts).listen())
         closing.enter_context(hosts.watching())
         closing.enter_context(jax.set_mesh(trainer.mesh))
@@ -60,7 +66,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
         with Watchdog(config.hang_seconds).watching() as watchdog:
             trainer.load()
             try:
-                step = fit(trainer, interrupt, watchdog, events, draw)
+                step = fit(trainer, interrupt, watchdog, draw)
             except OSError as error:    # of logs; what else can fail tells it in its own words
                 raise ValueError(f"{folder} cannot be written: {error}") from error
     if step < config.total_steps:
@@ -74,15 +80,15 @@ def tell(hosts: Hosts, sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def fit(trainer: Trainer, interrupt: Interrupt, watchdog: Watchdog, events: EventLog, draw: Draw | None) -> int:
+def fit(trainer: Trainer, interrupt: Interrupt, watchdog: Watchdog, draw: Draw | None) -> int:
     """Steps, and the last checkpoint; the first of the hosts keeps the log."""
-    config, writer = trainer.config, None
+    config, events, writer = trainer.config, trainer.events, None
     with contextlib.ExitStack() as closing:
         closing.callback(trainer.bundles.close)
         if trainer.hosts.is_first:
             write_config(trainer.folder, config)
             writer = closing.enter_context(
-                contextlib.closing(MetricWriter(trainer.folder, first_step=trainer.start)))
+                contextlib.closing(MetricWriter(trainer.folder, config, first_step=trainer.start)))
         events.write("resume" if trainer.start else "start", trainer.start, name_devices())
         for sentence in trainer.changes:
             logging.warning("%s", sentence)
@@ -94,7 +100,7 @@ def fit(trainer: Trainer, interrupt: Interrupt, watchdog: Watchdog, events: Even
                             ledger=trainer.ledger, peak_share=trainer.seconds_at_peak())
         profiler = closing.enter_context(contextlib.closing(Profiler(trainer.folder / "profile", config)))
         with trainer.ledger.spend(TRAINING):
-            step = run_steps(trainer, progress, interrupt, watchdog, profiler, events, draw)
+            step = run_steps(trainer, progress, interrupt, watchdog, profiler, draw)
             trainer.save(step)
         ended = "end" if step == config.total_steps else "signal"
         events.write(ended, step, f"goodput {trainer.ledger.goodput:.3f}")
@@ -102,7 +108,7 @@ def fit(trainer: Trainer, interrupt: Interrupt, watchdog: Watchdog, events: Even
 
 
 def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchdog: Watchdog,
-              profiler: Profiler, events: EventLog, draw: Draw | None) -> int:
+              profiler: Profiler, draw: Draw | None) -> int:
     """The loop itself. Metrics of a step are read after the next one is dispatched, so that reading
     them never stalls the device; saving comes after the step whose data it counts."""
     config, step = trainer.config, trainer.start
@@ -110,7 +116,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchd
     while step < config.total_steps and not interrupt.reached(step):
         if step in phases:
             trainer.enter(step)
-            events.write("phase", step, phases[step])
+            trainer.events.write("phase", step, phases[step])
         profiler.before(step)
         metrics = trainer.advance(trainer.next_batch())
         progress.tell_previous(step, metrics, trainer.data_counters(step))
@@ -118,7 +124,8 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchd
         if step % config.save_every == 0:
             trainer.save(step)
         if draw and (step == config.total_steps or config.draw_every and step % config.draw_every == 0):
-            trainer.draw(draw, step)
+            with progress.paused():
+                progress.show(step, trainer.draw(draw, step))
         watchdog.progress()
-    progress.finish()
-    return step
+    with progress.paused():    # the last step is told of
+        return step

@@ -4,18 +4,23 @@ STAGE/metrics.jsonl has a line a step, STAGE/events.jsonl one for everything tha
 signals, skipped steps, bad records, checkpoints set aside, phases, changes of the config.
 """
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import tensorboardX
 import tqdm
+from PIL import Image
 
 from irg_jax.config import TrainConfig
 from irg_jax.parallel.compiling import GIB
@@ -58,12 +63,12 @@ class EventLog:
 
 
 class MetricWriter:
-    """`metrics.jsonl` and `tensorboard/`; Weights & Biases too if there is a run of it."""
+    """`metrics.jsonl` and `tensorboard/`; Weights & Biases too if the config says so."""
 
-    def __init__(self, folder: pathlib.Path, *, first_step: int, wandb_run: Any = None):
+    def __init__(self, folder: pathlib.Path, config: TrainConfig, *, first_step: int):
         self._file = LineFile(folder / LOG)
         self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._wandb = wandb_run
+        self._wandb = open_wandb(folder, config) if config.wandb else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._file.write({"step": step, "time": time.time()} | metrics)
@@ -72,11 +77,22 @@ class MetricWriter:
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)
 
+    def draw(self, step: int, picture: Image.Image) -> None:
+        self._board.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
     def close(self) -> None:
         self._board.close()
         self._file.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def open_wandb(folder: pathlib.Path, config: TrainConfig) -> Any:
+    """One run a stage folder, however often it is resumed; offline, `wandb sync` sends it later."""
+    import wandb    # not a requirement, and slow to import
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    return wandb.init(project="irg_jax", id=name, resume="allow", mode=config.wandb, dir=str(folder),
+                      name=f"{folder.parent.name}/{folder.name}", config=dataclasses.asdict(config))
 
 
 class Progress:
@@ -99,10 +115,18 @@ class Progress:
             self.tell(*self._pending)
         self._pending = step
 
-    def finish(self) -> None:
+    def show(self, step: int, picture: Image.Image) -> None:
+        if self._writer:
+            self._writer.draw(step, picture)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Something that is no step: all steps are told of before it, and it counts to none of them."""
         if self._pending is not None:
             self.tell(*self._pending)
-        self._bar.close()
+            self._pending = None
+        yield
+        self._clock = time.perf_counter()
 
     def tell(self, step: int, metrics: Mapping[str, Any], data: Mapping[str, float]) -> None:
         """Waits for a step's metrics and writes its line; a skipped step has none.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from irg_jax.models.functional import Params
+from irg_jax.training.compact import make_packing, scale_by_compact_adam
 
 # What `frozen` may name beside dotted prefixes; every parameter is in one of them.
 GROUPS = {
@@ -37,6 +38,7 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.0
     clip: float = 1.0                 # global gradient norm
+    moments: str = "float32"          # or "bfloat16", "int8": 8, 4 or 2 bytes a parameter, see `compact`
     frozen: tuple[str, ...] = ()      # groups, or dotted prefixes of parameters, that do not train
     ema_decay: float = 0.995
     ema_copies_frozen: bool = True    # IRG copies frozen weights into the EMA, BAGEL leaves them
@@ -44,6 +46,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; use 'constant', 'linear' or 'cosine'")
+        if self.moments != "float32":
+            make_packing(self.b1, self.b2, self.moments)    # refused now, or never
         if not 0 <= self.final_learning_rate <= self.learning_rate:
             raise ValueError(f"final_learning_rate is {self.final_learning_rate}; it must be between 0 and "
                              f"learning_rate = {self.learning_rate}")
@@ -115,8 +119,9 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     """Clip by global norm, then AdamW. It takes all parameters, and gradients of those that train."""
     adamw = optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.adamw(learning_rate(config, total_steps), config.b1, config.b2, config.eps,
-                    weight_decay=config.weight_decay))
+        scale_by_compact_adam(config.b1, config.b2, config.eps, config.moments),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(config, total_steps)))
     return optax.GradientTransformation(
         lambda params: adamw.init(select(params, config.frozen)),
         lambda grads, state, params: adamw.update(grads, state, select(params, config.frozen)))

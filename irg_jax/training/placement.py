@@ -65,7 +65,10 @@ def shard_moments(opt: optax.OptState, params: Any, scalar: Any) -> Any:
     table = {keys(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
     def find(path, leaf):
         names = keys(path)   # an optimiser may put keys of its own before a parameter's
-        return next((table[names[i:]] for i in range(len(names)) if names[i:] in table), scalar)
+        place = next((table[names[i:]] for i in range(len(names)) if names[i:] in table), scalar)
+        # What is kept once for a whole axis is not split over it.
+        spec = (None if size == 1 else axes for size, axes in zip(leaf.shape, place.spec))
+        return NamedSharding(place.mesh, PartitionSpec(*spec))
     return jax.tree_util.tree_map_with_path(find, opt)
 
 

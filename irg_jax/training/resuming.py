@@ -13,7 +13,7 @@ CONFIG = "config.json"
 # These change no step but by rounding, or nothing at all. What data give is compared by `check_position`.
 FREE = ("data", "mesh", "topologies", "accumulate", "remat", "save_every", "keep", "log_every", "max_skipped",
         "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
-        "export")
+        "export", "wandb")
 
 
 def write_config(folder: pathlib.Path, config: TrainConfig) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
+from PIL import Image
 
 from data_pipelines.batch import PackedBatch
 from data_pipelines.faults import Fault
@@ -70,10 +71,10 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, workdir: pathlib.Path, hosts: Hosts,
-                 accepted: Collection[str] = (), events: EventLog | None = None):
+                 accepted: Collection[str] = ()):
         """Args: accepted are the names of config fields that may have changed since the stage was begun."""
         self.config, self.folder, self.hosts = config, workdir / config.stage, hosts
-        self._events = events or EventLog(None)
+        self.events = EventLog(None)
         self.ledger = Ledger(self.folder / "goodput.json" if hosts.is_first else None)
         self.start = latest_step(self.folder)
         self.changes = check_changes(self.folder, config, self.start, accepted) if self.start else []
@@ -175,7 +176,7 @@ class Trainer:
             self.hosts.note(fault)
         for fault in self.hosts.notes():
             self.data.packs.bad.add(Fault(*fault))
-            self._events.write("bad record", self.data.get_state() - 1, ": ".join(fault))
+            self.events.write("bad record", self.data.get_state() - 1, ": ".join(fault))
         return batch
 
     def data_counters(self, step: int) -> dict[str, float]:
@@ -189,14 +190,14 @@ class Trainer:
             return None
         return seconds_at_peak(self.config, self._source.config, self.data.packs)
 
-    def draw(self, draw: Callable[[Model, int], None], step: int) -> None:
+    def draw(self, draw: Callable[[Model, int], Image.Image], step: int) -> Image.Image:
         """Lets `draw` have the EMA as a model, on this process's first device."""
         first = jax.sharding.Mesh([[[[jax.local_devices()[0]]]]], self.mesh.axis_names)
         there = replicated(first)
         dtype = jnp.dtype(self.config.dtype)
         with self.ledger.spend("drawing"), jax.set_mesh(first):
             ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), self.state.ema)
-            draw(dataclasses.replace(self._source, params=ema), step)
+            return draw(dataclasses.replace(self._source, params=ema), step)
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
