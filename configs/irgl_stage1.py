@@ -33,6 +33,18 @@ TOPOLOGIES = {
 }
 
 
+# Drawn every 1,000 steps and at the end, into RUN/<stage>/samples; the end is exported to RUN/<stage>/export.
+SEEING = {
+    "samples": {"prompts": (
+        "a red apple to the left of two green pears on a wooden table",
+        "a street sign that reads INTERLEAVE in the rain at night",
+        "an origami crane on an open book, soft morning light",
+        "three cats of different colours on a blue sofa")},
+    "draw_every": 1000,
+    "export": "bagel",
+}
+
+
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({
         "stage": "stage1",
@@ -42,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
         "loss": {"timestep_shift": 4.0, "posterior": "sample"},
         "optimizer": {"learning_rate": 2e-5, "warmup_steps": 500, "eps": 1e-15, "ema_decay": 0.995},
         "topologies": TOPOLOGIES,
+        **SEEING,
         "data": {
             "source": "IRGL-300K",
             "split": "",

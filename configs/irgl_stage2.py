@@ -8,7 +8,7 @@ Never trained by us: no weights and no data set were published.
 
 import ml_collections
 
-from configs.irgl_stage1 import TOPOLOGIES
+from configs.irgl_stage1 import SEEING, TOPOLOGIES
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         "loss": {"timestep_shift": 4.0, "posterior": "sample"},
         "optimizer": {"learning_rate": 2e-5, "warmup_steps": 0, "eps": 1e-15, "ema_decay": 0.995},
         "topologies": TOPOLOGIES,
+        **SEEING,
         "data": {
             "source": "IRGL-300K",
             "split": "",

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from data_pipelines.jobs import show_progress
 from irg_jax.checkpoints.listing import SEALED, Step, find_resumed, find_stages, find_step, list_steps
-from irg_jax.checkpoints.seals import SEAL, find_faults
+from irg_jax.checkpoints.seals import find_faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def verify(folder: pathlib.Path) -> None:
                 bar.write(f"{place}: {step.standing}; does not count, and was not checked")
                 continue
             start = time.monotonic()
-            faults = check(step)
+            faults = find_faults(step.path)
             bar.update(size)
             if not step.path.exists():
                 bar.write(f"{place}: removed meanwhile, as newer ones were saved")
@@ -85,14 +85,6 @@ def verify(folder: pathlib.Path) -> None:
     if damaged:
         raise ValueError(f"{damaged} of {counted} steps in {str(folder)!r} damaged, as listed above; a resume "
                          "takes the newest sound one")
-
-
-def check(step: Step) -> list[str]:
-    """What is not as it was sealed, a sentence each."""
-    try:
-        return find_faults(step.path)
-    except RecursionError:
-        return [f"{SEAL} cannot be read: it is nested too deeply"]
 
 
 def show(folder: pathlib.Path, *, leaves: bool) -> None:

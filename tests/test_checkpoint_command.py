@@ -210,7 +210,7 @@ def test_a_damaged_structure_is_one_sentence_as_typed(run):
     """Many reads fail at once; what Orbax, TensorStore and asyncio would say of each is not printed."""
     step = run / "stage1" / "checkpoints" / "2"
     (step / "state" / "manifest.ocdbt").write_bytes(b"[1]")
-    process = subprocess.run([sys.executable, "-m", "irg_jax.checkpoint", "show", str(step)], cwd=ROOT, text=True,
-                             capture_output=True)
+    process = subprocess.run([sys.executable, "-m", "irg_jax.checkpoint", "show", str(step)], cwd=ROOT,
+                             text=True, capture_output=True)
     assert process.returncode == 1 and not process.stdout
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1

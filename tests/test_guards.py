@@ -97,6 +97,9 @@ def test_another_config_is_refused_by_name_and_accepted_by_name(base, caplog):  
         train(changed, base / "run")
     with pytest.raises(ValueError, match="names optimizer.lr, and these are compared: .*learning_rate"):
         train(changed, base / "run", accepted=["optimizer.lr"])
+    smaller = dataclasses.replace(first, optimizer=dataclasses.replace(first.optimizer, moments="bfloat16"))
+    with pytest.raises(ValueError, match="'float32' -> 'bfloat16', which cannot change within a run"):
+        train(smaller, base / "run", accepted=["optimizer.moments"])
     assert train(changed, base / "run", accepted=["seed", "total_steps"]) == 2
     assert "from step 1 on seed: 42 -> 7" in caplog.text
     assert json.loads((base / "run" / "named" / "config.json").read_text())["seed"] == 7

@@ -148,7 +148,7 @@ def test_values_that_differ_between_stages_are_marked(stage):
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"total_steps": 7, "more": 1}))
     source, written = render(stage.parent)
-    assert "of which 2 differ between the stages" in source
+    assert "of which 2 differ between the stages" in text_of(source)
     assert re.findall(r"<mark>(.*?)</mark>", source) == ["4000", "7", "1"] and ">absent<" in source
     assert written["config_differences"] == {"total_steps": {"stage1": "4000", "stage2": "7"},
                                              "more": {"stage1": None, "stage2": "1"}}

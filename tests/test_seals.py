@@ -90,7 +90,7 @@ def test_a_file_that_was_added_is_found(stage):
     assert find_faults(stage / "checkpoints" / "2") == ["ema/d/more was not there when it was sealed"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}', "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1}', "\xff", "[" * 100_000])
 def test_a_seal_that_says_nothing_is_a_fault(stage, text):
     (stage / "checkpoints" / "2" / SEAL).write_text(text, encoding="latin-1")
     assert find_faults(stage / "checkpoints" / "2")

@@ -31,7 +31,7 @@ def find_faults(step: pathlib.Path) -> list[str]:
         sealed = json.loads((step / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return ["it was not sealed: its save did not end"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return [f"{SEAL} cannot be read: {error}"]
     if not isinstance(sealed, dict):
         return [f"{SEAL} holds no object"]

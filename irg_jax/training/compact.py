@@ -3,7 +3,7 @@
     moments     mu           nu                                      bytes per parameter
     float32     m            v                                       8 (it is `optax.scale_by_adam`)
     bfloat16    m            r = sqrt(v)                             4
-    int8        m / r        r, against the peaks of row and column  2 + 4 / rows + 4 / columns, 2.00 here
+    int8        m / r        r, against limits of row and column     2 + 4 / rows + 4 / columns, 2.00 here
 
 With eps = 1e-15 a second moment that is rounded to nothing before the first one makes an update explode, so:
 
@@ -17,7 +17,7 @@ A moment moves by less than what the stored digits tell apart: rounded to the ne
 (m) and 8 % (r) off in bfloat16. It is rounded up or down by chance instead, and so is right on average. Chance
 is a function of step, leaf and place: the same on any mesh. All arithmetic is float32; the update is made
 of m and r before they are rounded. Against float64 an update of order 1 is off by up to 0.004 (bfloat16) or
-0.02 (int8), root mean square over 200 steps (tests/test_compact.py).
+0.025 (int8), root mean square over 200 steps (tests/test_compact.py).
 """
 
 import dataclasses
@@ -48,8 +48,10 @@ class CompactState(NamedTuple):
 class Roots(NamedTuple):
     """r = min(rows, columns) * 2^(OCTAVES * (code / 255 - 1)).
 
-    Peaks over the last axis and over the one before it, of size 1 there, so that they can lie as the parameter
-    does elsewhere. Two of them, for in an embedding tokens differ and in the output layer's kernel columns.
+    A limit is what r would be of the row's (column's) largest gradients of all steps. They are known before any
+    r, so that all else is elementwise and no r of all places stands in float32. Two, for tokens are the rows
+    of the embedding and the columns of the output layer. Of size 1 along the last axis (the one before it);
+    elsewhere they can lie as the parameter does.
     """
 
     code: UInt8[Array, "*shape"]
@@ -57,9 +59,9 @@ class Roots(NamedTuple):
     columns: Float[Array, "*shape2"]
 
 
-def throw(shape: tuple[int, ...], count: Int[Array, ""], leaf: int) -> tuple[UInt32[Array, "*shape"], ...]:
+def throw(shape: tuple[int, ...], seed: UInt32[Array, ""]) -> tuple[UInt32[Array, "*shape"], ...]:
     """Chances for m and for r, of which the upper 16 bits are independent of each other and of all others."""
-    bits = jnp.broadcast_to(mix(mix(count.astype(jnp.uint32)) + jnp.uint32(leaf)), shape)
+    bits = jnp.broadcast_to(seed, shape)
     for axis in range(len(shape)):
         bits = mix(bits + lax.broadcasted_iota(jnp.uint32, shape, axis))
     return bits, bits << 16
@@ -88,15 +90,19 @@ def peaks(x: Float[Array, "*shape"], axis: int) -> Float[Array, "*shape1"]:
     return jnp.max(x, axis if x.ndim > 1 else None, keepdims=True, initial=0.0)
 
 
-def encode_roots(r: Float[Array, "*shape"], chance: UInt32[Array, "*shape"]) -> Roots:
-    """r >= 0. On average r^2 is kept, as that is what is averaged over steps. Relative error below 4.5 %."""
-    rows, columns = peaks(r, -1), peaks(r, -2)
-    limit = jnp.minimum(rows, columns)
+def average(b2: float, r: Float[Array, "*shape"], g: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """sqrt(b2 r^2 + (1 - b2) g^2), with no square that could underflow."""
+    return jnp.hypot(math.sqrt(b2) * r, math.sqrt(1 - b2) * g)
+
+
+def encode_roots(r: Float[Array, "*shape"], limit: Float[Array, "*shape"], chance: UInt32[Array, "*shape"]
+                 ) -> UInt8[Array, "*shape"]:
+    """0 <= r <= limit. On average r^2 is kept, as that is what is averaged over steps. Error below 4.5 %."""
     place = ROOT_TOP + jnp.log2(r / jnp.where(limit > 0, limit, 1.0)) * (ROOT_TOP / OCTAVES)
     place = jnp.clip(place, 0, ROOT_TOP)     # log2(0) = -inf: the smallest code
     below, step = jnp.floor(place), 2 * math.log(2) * OCTAVES / ROOT_TOP
     rises = uniform(chance) < jnp.expm1(step * (place - below)) / math.expm1(step)
-    return Roots((below + rises).astype(jnp.uint8), rows, columns)
+    return (below + rises).astype(jnp.uint8)
 
 
 def decode_roots(roots: Roots) -> Float[Array, "*shape"]:
@@ -124,7 +130,7 @@ class Halves:
     def zeros(self, param):
         return jnp.zeros(param.shape, jnp.bfloat16), jnp.zeros(param.shape, jnp.bfloat16)
 
-    def pack(self, m, r, chances):
+    def pack(self, m, r, g, nu, chances):
         return round_half(m, chances[0]), round_half(r, chances[1])
 
     def unpack(self, mu, nu):
@@ -135,16 +141,22 @@ class Halves:
 class Bytes:
     """r in 8 bits, and m as its share of `bound` times the r that is stored."""
 
+    b2: float
     bound: float
 
     def zeros(self, param):
-        r = jnp.zeros(param.shape, jnp.float32)
-        return jnp.zeros(param.shape, jnp.int8), Roots(r.astype(jnp.uint8), peaks(r, -1), peaks(r, -2))
+        # Not the peaks of zeros themselves: XLA would fold these constants, for minutes.
+        shapes = [jax.eval_shape(functools.partial(peaks, axis=axis), param).shape for axis in (-1, -2)]
+        zeros = functools.partial(jnp.zeros, param.shape)
+        return zeros(jnp.int8), Roots(zeros(jnp.uint8), *map(jnp.zeros, shapes))
 
-    def pack(self, m, r, chances):
-        nu = encode_roots(r, chances[1])
+    def pack(self, m, r, g, nu, chances):
+        rows = average(self.b2, nu.rows, peaks(jnp.abs(g), -1))
+        columns = average(self.b2, nu.columns, peaks(jnp.abs(g), -2))
+        nu = Roots(encode_roots(r, jnp.minimum(rows, columns), chances[1]), rows, columns)
         whole = self.bound * decode_roots(nu)
-        return encode_shares(jnp.where(whole > 0, m / jnp.where(whole > 0, whole, 1.0), 0.0), chances[0]), nu
+        share = jnp.where(whole > 0, m / jnp.where(whole > 0, whole, 1.0), 0.0)
+        return encode_shares(share, chances[0]), nu
 
     def unpack(self, mu, nu):
         r = decode_roots(nu)
@@ -159,7 +171,7 @@ def make_packing(b1: float, b2: float, moments: str) -> Halves | Bytes:
         raise ValueError(f"moments is {moments!r}; use 'float32', 'bfloat16' or 'int8'")
     if b1**2 >= b2:
         raise ValueError(f"b1 is {b1} and b2 {b2}; moments of int8 need b1^2 < b2. Use 'bfloat16'")
-    return Bytes(SLACK * (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)))
+    return Bytes(b2, SLACK * (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)))
 
 
 def scale_by_compact_adam(b1: float, b2: float, eps: float, moments: str) -> optax.GradientTransformation:
@@ -171,13 +183,12 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, moments: str) -> opt
         return optax.scale_by_adam(b1, b2, eps)
     packing = make_packing(b1, b2, moments)
 
-    def step_leaf(count: Int[Array, ""], leaf: int, g: Array, mu: Any, nu: Any):
+    def step_leaf(count: Int[Array, ""], seed: UInt32[Array, ""], g: Array, mu: Any, nu: Any):
         m, r = packing.unpack(mu, nu)
         g = g.astype(jnp.float32)
-        m = b1 * m + (1 - b1) * g
-        r = jnp.hypot(math.sqrt(b2) * r, math.sqrt(1 - b2) * g)
+        m, r = b1 * m + (1 - b1) * g, average(b2, r, g)
         update = m / (1 - b1**count) / (r / jnp.sqrt(1 - b2**count) + eps)
-        return update, *packing.pack(m, r, throw(g.shape, count, leaf))
+        return update, *packing.pack(m, r, g, nu, throw(g.shape, seed))
 
     def init(params: Any) -> CompactState:
         zeros = unzip(params, map(packing.zeros, jax.tree.leaves(params)), 2)
@@ -188,8 +199,9 @@ def scale_by_compact_adam(b1: float, b2: float, eps: float, moments: str) -> opt
         tree = jax.tree.structure(grads)
         leaves = zip(*map(tree.flatten_up_to, (grads, state.mu, state.nu)), strict=True)
         count = optax.safe_increment(state.count)
-        step = functools.partial(step_leaf, count)
-        updates, mu, nu = unzip(grads, (step(leaf, *parts) for leaf, parts in enumerate(leaves)), 3)
+        seed = mix(count.astype(jnp.uint32))
+        parts = [step_leaf(count, mix(seed + jnp.uint32(number)), *leaf) for number, leaf in enumerate(leaves)]
+        updates, mu, nu = unzip(grads, parts, 3)
         return updates, CompactState(count, mu, nu)
     return optax.GradientTransformation(init, update)
 

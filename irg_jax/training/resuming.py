@@ -14,6 +14,7 @@ CONFIG = "config.json"
 FREE = ("data", "mesh", "topologies", "accumulate", "remat", "save_every", "keep", "log_every", "max_skipped",
         "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
         "export", "wandb")
+MOMENTS = "optimizer.moments"
 
 
 def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
@@ -36,6 +37,9 @@ def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted
         raise ValueError(f"--accept_changes names {', '.join(unknown)}, and these are compared: "
                          f"{', '.join(sorted(new))}")
     changed = {difference.partition(":")[0]: difference for difference in compare(old, new)}
+    if MOMENTS in changed:
+        raise ValueError(f"{folder} was begun with another config: {changed[MOMENTS]}, which cannot change within"
+                         " a run: moments are in its checkpoints. Undo that, or begin anew from its EMA")
     if refused := [name for name in changed if name not in accepted]:
         told = "; ".join(changed[name] for name in refused)
         raise ValueError(f"{folder} was begun with another config: {told}. Undo that, use another --workdir, "

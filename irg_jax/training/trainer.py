@@ -157,7 +157,7 @@ class Trainer:
         return TrainState(**items["state"], ema=items["ema"])
 
     def save(self, step: int) -> None:
-        """Raises: OSError if an earlier save failed, e.g. on a full disk."""
+        """Raises: SaveError if this save or an earlier one failed, as on a full disk."""
         with self.ledger.spend("saving"):
             position = self.data.position(step) | {"timer": self.ledger.state(), "frozen": list(self._frozen)}
             self.bundles.save(step, state=as_item(self.state), ema=self.state.ema, position=position)
