@@ -38,8 +38,8 @@ def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted
                          f"{', '.join(sorted(new))}")
     changed = {difference.partition(":")[0]: difference for difference in compare(old, new)}
     if MOMENTS in changed:
-        raise ValueError(f"{folder} was begun with another config: {changed[MOMENTS]}, which cannot change within"
-                         " a run: moments are in its checkpoints. Undo that, or begin anew from its EMA")
+        raise ValueError(f"{folder} was begun with another config: {changed[MOMENTS]}, which cannot change "
+                         "within a run: moments are in its checkpoints. Undo that, or begin anew from its EMA")
     if refused := [name for name in changed if name not in accepted]:
         told = "; ".join(changed[name] for name in refused)
         raise ValueError(f"{folder} was begun with another config: {told}. Undo that, use another --workdir, "
