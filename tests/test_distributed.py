@@ -240,6 +240,6 @@ def test_a_signal_to_one_host_saves_one_step_on_all_and_the_run_resumes(stage, t
     saved = latest_step(tmp_path / "stage1")
     assert f"stopped and saved at step {saved}" in outputs[0] and "stopped" not in outputs[1]
     assert sorted(metrics(tmp_path / "stage1")) == list(range(saved)) and saved >= told
-    done = launch(*line, f"--config.total_steps={saved + 1}")
+    done = launch(*line, f"--config.total_steps={saved + 1}", "--accept_changes=total_steps")
     assert all(code == 0 for code, _ in done), done
     assert sorted(metrics(tmp_path / "stage1")) == list(range(saved + 1))
