@@ -45,7 +45,7 @@ def flatten(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Nested mappings -> one, its keys joined by dots."""
     flat = {}
     for name, value in values.items():
-        flat |= flatten(value, f"{path}{name}.") if isinstance(value, dict) else {path + name: value}
+        flat |= flatten(value, f"{path}{name}.") if isinstance(value, dict) and value else {path + name: value}
     return flat
 
 
