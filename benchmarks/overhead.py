@@ -9,18 +9,14 @@ is 1 %.
 
 import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import tqdm
-from absl import flags
 
-from benchmarks import machine
-from benchmarks.step import stage, timed
-from data_pipelines import command
+from benchmarks.step import run, timed
 from irg_jax.config import TrainConfig
 from irg_jax.parallel.hosts import Hosts
 from irg_jax.training.metrics import EventLog, MetricWriter, Progress
@@ -60,8 +56,8 @@ def measure(config: TrainConfig, workdir: pathlib.Path) -> dict[str, Any]:
         programs = [jax.jit(program) for program in (whole, less)]
         arguments = lambda batch: (trainer.state, trainer.vae_params, batch)
         metrics = [jax.block_until_ready(program(*arguments(batches[0])))[1] for program in programs][0]
-        run = lambda program, batch: timed(lambda: jax.block_until_ready(program(*arguments(batch))))
-        pairs = [[run(program, batch) for program in programs] for batch in batches]
+        seconds = lambda program, batch: timed(lambda: jax.block_until_ready(program(*arguments(batch))))
+        pairs = [[seconds(program, batch) for program in programs] for batch in batches]
     step = statistics.median(one for one, _ in pairs)
     computed = statistics.median(one - other for one, other in pairs)
     told = tell_seconds(trainer, metrics, workdir / "told")
@@ -69,15 +65,5 @@ def measure(config: TrainConfig, workdir: pathlib.Path) -> dict[str, Any]:
             "tell_share": told / step, "computed_share": computed / step, "limit_share": 0.01}
 
 
-def main(values: Any) -> None:
-    result = {"benchmark": "overhead", "device": jax.devices()[0].device_kind,
-              **machine.describe("numpy", "jax", "tensorboardX")}
-    with tempfile.TemporaryDirectory() as name:
-        result |= measure(stage(pathlib.Path(values.run)), pathlib.Path(name))
-    machine.keep(result, values.out)
-
-
 if __name__ == "__main__":
-    flags.DEFINE_string("run", "runs/shapes", "A folder of launch/local.sh.")
-    flags.DEFINE_string("out", str(machine.RESULTS / "overhead.json"), "The result file.")
-    command.run(main)
+    run("overhead", measure, "numpy", "jax", "tensorboardX")

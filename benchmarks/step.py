@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,15 +92,17 @@ def measure(config: TrainConfig, workdir: pathlib.Path) -> dict[str, Any]:
             "gflops": work / seconds / 1e9, "limit_gflops": limit / 1e9, "of_limit": work / seconds / limit}
 
 
-def main(values: Any) -> None:
-    result = {"benchmark": "step", "device": jax.devices()[0].device_kind,
-              **machine.describe("numpy", "jax", "flax", "optax")}
-    with tempfile.TemporaryDirectory() as name:
-        result |= measure(stage(pathlib.Path(values.run)), pathlib.Path(name))
-    machine.keep(result, values.out)
+def run(benchmark: str, measure: Callable[[TrainConfig, pathlib.Path], dict[str, Any]], *packages: str) -> None:
+    """A benchmark of stage 2 on what local.sh has made, as a command."""
+    def main(values: Any) -> None:
+        result = {"benchmark": benchmark, "device": jax.devices()[0].device_kind, **machine.describe(*packages)}
+        with tempfile.TemporaryDirectory() as name:
+            result |= measure(stage(pathlib.Path(values.run)), pathlib.Path(name))
+        machine.keep(result, values.out)
+    flags.DEFINE_string("run", "runs/shapes", "A folder of launch/local.sh.")
+    flags.DEFINE_string("out", str(machine.RESULTS / f"{benchmark}.json"), "The result file.")
+    command.run(main)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("run", "runs/shapes", "A folder of launch/local.sh.")
-    flags.DEFINE_string("out", str(machine.RESULTS / "step.json"), "The result file.")
-    command.run(main)
+    run("step", measure, "numpy", "jax", "flax", "optax")

@@ -11,19 +11,19 @@ TPU add `--distributed`; elsewhere `--coordinator_address HOST:PORT --num_proces
 """
 
 import pathlib
-from collections.abc import Callable
+import shutil
 from typing import Any
 
 import jax
 from absl import flags
-from PIL import Image
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
 from irg_jax.checkpoints.bagel import export_folder
-from irg_jax.checkpoints.model import Model, load_model, save_model
+from irg_jax.checkpoints.bundle import FOLDER as CHECKPOINTS
+from irg_jax.checkpoints.model import load_model, save_model
 from irg_jax.config import TrainConfig
-from irg_jax.evaluation.samples import SampleConfig, draw_samples
+from irg_jax.evaluation.samples import SampleConfig, Samples
 from irg_jax.parallel.hosts import find_place
 from irg_jax.parallel.topologies import find_topology
 from irg_jax.training import dry_run
@@ -69,21 +69,24 @@ def merge(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     return values | {name: merge(values[name], others[name]) if both(name) else others[name] for name in others}
 
 
-def make_draw(config: TrainConfig, workdir: pathlib.Path) -> Callable[[Model, int], Image.Image] | None:
-    """Draws the stage's samples into its folder; None if it has none."""
+def read_samples(config: TrainConfig, workdir: pathlib.Path) -> Samples | None:
+    """What draws the stage's samples into its folder; None if it has none."""
     if not config.samples:
         return None
     samples = from_config_dict(SampleConfig, config.samples, "samples")
-    folder = workdir / config.stage / "samples"
-    return lambda model, step: draw_samples(model, samples, folder, step)
+    return Samples(samples, workdir / config.stage / "samples")
 
 
 def export(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Writes the stage's EMA to STAGE/export, once."""
+    """Writes the stage's EMA to STAGE/export, unless that is younger than the last checkpoint."""
     folder = workdir / config.stage
     target = folder / "export"
-    if not config.export or target.exists():
+    if not config.export:
         return
+    if target.exists():
+        if target.stat().st_mtime > (folder / CHECKPOINTS / str(config.total_steps)).stat().st_mtime:
+            return
+        shutil.rmtree(target)    # of a stage that has gone on since
     model = load_model(folder)
     if config.export == "bagel":
         export_folder(model, target)
@@ -105,13 +108,12 @@ def main(values) -> None:
         raise ValueError("--workdir is missing: the folder of the run")
     place = find_place(values.coordinator_address, values.num_processes, values.process_id,
                        detect=values.distributed)
-    draws = [make_draw(config, workdir) for config in stages]    # refused now, or never
+    draws = [read_samples(config, workdir) for config in stages]    # refused now, or never
     with start(stages, place, timeout=values.start_timeout) as hosts:
         for config, draw in zip(stages, draws, strict=True):
-            accepted = values.accept_changes
-            # Among several hosts no process has all of a model.
-            draw = draw if hosts.count == 1 else None
-            if train(config, workdir, hosts, accepted=accepted, draw=draw) < config.total_steps:
+            draw = draw if hosts.count == 1 else None    # else no process has all of a model
+            reached = train(config, workdir, hosts, accepted=values.accept_changes, draw=draw)
+            if reached < config.total_steps:
                 return
             if hosts.count == 1:
                 export(config, workdir)

@@ -56,6 +56,16 @@ def metrics(folder) -> dict[int, tuple]:
     return {line["step"]: (line["ce"], line["mse"], line["grad_norm"]) for line in lines}
 
 
+def signal_after(number: int, monkeypatch) -> None:
+    """SIGTERM comes while this step is told of."""
+    tell = Progress.tell
+    def tell_then_signal(self, step, *args):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tell(self, step, *args)
+    monkeypatch.setattr(Progress, "tell", tell_then_signal)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(base):
     assert train(config(base), base / "run") == 5
@@ -70,12 +80,7 @@ def test_losses_fall_into_the_log(undisturbed, base):
 
 
 def test_a_signal_saves_and_the_same_command_resumes_bit_for_bit(undisturbed, base, monkeypatch):
-    tell = Progress.tell
-    def tell_then_signal(self, step, *args):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        tell(self, step, *args)
-    monkeypatch.setattr(Progress, "tell", tell_then_signal)
+    signal_after(1, monkeypatch)
     reached = train(config(base), base / "interrupted")
     assert 1 < reached < 5
     monkeypatch.undo()

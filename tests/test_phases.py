@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -15,7 +13,6 @@ from irg_jax.config import Phase
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG
 from irg_jax.training.loop import train
-from irg_jax.training.metrics import Progress
 from irg_jax.training.optimizer import (
     GROUPS,
     OptimizerConfig,
@@ -25,7 +22,7 @@ from irg_jax.training.optimizer import (
     replace,
     select,
 )
-from test_loop import base, config, metrics  # noqa: F401 (a fixture)
+from test_loop import base, config, metrics, signal_after  # noqa: F401 (a fixture)
 
 PHASES = (Phase("drawing", 2, frozen=("und", "vit", "connector", "embeddings"), ce_weight=0.0),
           Phase("all again", 4))
@@ -110,12 +107,7 @@ def test_losses_of_the_groups_make_up_the_whole(run):
 
 def test_a_run_that_stops_where_a_phase_begins_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
     fields = {"stage": "phased", "total_steps": 6, "save_every": 1, "keep": 10, "phases": PHASES}
-    tell = Progress.tell
-    def tell_then_signal(self, step, *args):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        tell(self, step, *args)
-    monkeypatch.setattr(Progress, "tell", tell_then_signal)
+    signal_after(1, monkeypatch)
     assert train(config(base, **fields), base / "stopped") < 6
     monkeypatch.undo()
     assert train(config(base, **fields), base / "stopped") == 6

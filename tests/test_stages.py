@@ -1,6 +1,7 @@
 """Two stages as one command: the second starts from the first's EMA, and both ends are drawn and exported."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from PIL import Image
 from data_pipelines.config import from_config_dict, load_config
 from irg_jax.checkpoints.bagel import import_folder
 from irg_jax.checkpoints.model import load_model
-from irg_jax.evaluation.samples import SampleConfig
-from irg_jax.train import merge, read_stages
+from irg_jax.evaluation.samples import SampleConfig, Samples
+from irg_jax.sampling.config import SamplingConfig
+from irg_jax.train import export, merge, read_stages
+from irg_jax.training.loop import train
 from test_distributed import launch
-from test_loop import base  # noqa: F401 (a fixture)
+from test_loop import base, config  # noqa: F401 (a fixture)
 
 STAGE = """{{
     "total_steps": {steps}, "save_every": 2, "dtype": "float32", "remat": "none", "loss": {{"vae_batch": 4}},
@@ -71,6 +74,28 @@ def test_a_finished_job_is_left_alone(job, run, base):  # noqa: F811
     assert "first: already at step 3 of 3" in output and "second: already at step 2 of 2" in output
     changed = {path for path, when in times().items() if when != before.get(path)}
     assert changed <= {run / stage / "lock" for stage in ("first", "second")}
+
+
+def test_an_export_is_made_again_once_the_stage_has_gone_on(job, run, base):  # noqa: F811
+    stage = read_stages(load_config(str(job), overrides={"data.source": str(base / "data")}))[1]
+    target = run / "second" / "export"
+    made = target.stat().st_ino
+    export(stage, run)
+    assert target.stat().st_ino == made
+    os.utime(target, (0, 0))
+    export(stage, run)
+    assert target.stat().st_mtime > 1 and import_folder(target)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"height": 40}, "40 x 1024 pixels does not suit the model"),
+    ({"system_prompt": "@nowhere.txt"}, "nowhere.txt"),
+])
+def test_samples_that_cannot_be_drawn_are_refused_at_once(base, tmp_path, fields, message):  # noqa: F811
+    samples = Samples(SampleConfig(("a red circle",), SamplingConfig(**fields)), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(config(base, stage="drawn"), base / "run", draw=samples)
+    assert not (base / "run" / "drawn").exists()
 
 
 def test_what_stands_beside_the_stages_holds_for_all():

@@ -6,6 +6,7 @@ import pathlib
 
 from PIL import Image
 
+from data_pipelines.system_prompts import load_system_prompt
 from irg_jax.checkpoints.model import Model
 from irg_jax.evaluation.drawing import image_grid
 from irg_jax.sampling.config import SamplingConfig
@@ -28,17 +29,29 @@ class SampleConfig:
             raise ValueError("prompts are empty; give a few, or no samples at all")
 
 
-def draw_samples(model: Model, config: SampleConfig, folder: pathlib.Path, step: int) -> Image.Image:
+class Samples:
     """FOLDER/step_<step>.png, a row a prompt and a column a turn, and the texts in step_<step>.json."""
-    seeds = [config.seed + number for number in range(len(config.prompts))]
-    turns = Generator(model, config.sampling).trajectories(config.prompts, seeds=seeds)
-    grid = draw_grid(config.prompts, turns)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"step": step, "prompts": config.prompts, "seeds": seeds,
-              "turns": [[{"text": turn.text} for turn in each] for each in turns]}
-    (folder / f"step_{step:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
-    grid.save(folder / f"step_{step:06d}.png")
-    return grid
+
+    def __init__(self, config: SampleConfig, folder: pathlib.Path):
+        self._config, self._folder = config, folder
+
+    def check(self, model: Model) -> None:
+        """Raises: ValueError if it cannot be drawn with such a model, whose `params` may be empty."""
+        sampling = self._config.sampling
+        load_system_prompt(sampling.system_prompt)
+        Generator(dataclasses.replace(model, params={}), dataclasses.replace(sampling, system_prompt=""))
+
+    def __call__(self, model: Model, step: int) -> Image.Image:
+        config, folder = self._config, self._folder
+        seeds = [config.seed + number for number in range(len(config.prompts))]
+        turns = Generator(model, config.sampling).trajectories(config.prompts, seeds=seeds)
+        grid = draw_grid(config.prompts, turns)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"step": step, "prompts": config.prompts, "seeds": seeds,
+                  "turns": [[{"text": turn.text} for turn in each] for each in turns]}
+        (folder / f"step_{step:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
+        grid.save(folder / f"step_{step:06d}.png")
+        return grid
 
 
 def draw_grid(prompts: tuple[str, ...], turns: list[tuple[Turn, ...]]) -> Image.Image:

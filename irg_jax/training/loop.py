@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from typing import Protocol
 
 import jax
 import tqdm
@@ -22,8 +23,15 @@ from irg_jax.training.profiling import Profiler
 from irg_jax.training.resuming import write_config
 from irg_jax.training.trainer import Trainer, name_devices
 
-# (the EMA as a model, the step) -> a picture for people to look at.
-Draw = Callable[[Model, int], Image.Image]
+
+class Draw(Protocol):
+    """What draws the EMA for people to look at."""
+
+    def check(self, model: Model) -> None:
+        """Raises: ValueError if it cannot draw with such a model, whose `params` may be empty."""
+
+    def __call__(self, model: Model, step: int) -> Image.Image: ...
+
 
 
 def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None, *,
@@ -51,6 +59,8 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
             trainer = Trainer(config, workdir, hosts, accepted)
             closing.enter_context(contextlib.closing(trainer.data))
             facts |= trainer.facts()
+            if draw:
+                draw.check(trainer.source)
         with hosts.together():
             if hosts.is_first and not begun:    # what is refused leaves no folder
                 closing.enter_context(claim(folder))
@@ -121,8 +131,8 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchd
         metrics = trainer.advance(trainer.next_batch())
         progress.tell_previous(step, metrics, trainer.data_counters(step))
         step += 1
-        if step % config.save_every == 0:
-            trainer.save(step)
+        if step % config.save_every == 0 or step == config.total_steps:
+            trainer.save(step)    # before it is drawn, which can fail
         if draw and (step == config.total_steps or config.draw_every and step % config.draw_every == 0):
             with progress.paused():
                 progress.show(step, trainer.draw(draw, step))

@@ -28,7 +28,7 @@ from irg_jax.checkpoints.bundle import Bundles, latest_step
 from irg_jax.checkpoints.model import Model, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
-from irg_jax.models.functional import Functional
+from irg_jax.models.functional import Functional, Params
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.hosts import Hosts
 from irg_jax.parallel.sharding import make_mesh, replicated
@@ -79,7 +79,7 @@ class Trainer:
         self.start = latest_step(self.folder)
         self.changes = check_changes(self.folder, config, self.start, accepted) if self.start else []
         self._origin = self.folder if self.start else find_source(config, workdir)
-        self._source = source = load_frozen(self._origin)
+        self.source = source = load_frozen(self._origin)
         check_model(config.data, source.config)
         check_moments(config.data, source)
         if source.tokenizer is None:
@@ -104,12 +104,12 @@ class Trainer:
         """Places parameters and state; all hosts do this together."""
         with contextlib.ExitStack() as undo:
             undo.callback(self.data.close)
-            self.vae_params = jax.tree.map(put, self._source.vae, self.placement.vae)
-            self.params = None if self.start else load_onto(self._origin, self.placement.state.params)
+            self.vae_params = jax.tree.map(put, self.source.vae, self.placement.vae)
+            params = None if self.start else load_onto(self._origin, self.placement.state.params)
             # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
             self.bundles = Bundles(self.folder, keep=self.config.keep)
             undo.callback(self.bundles.close)
-            self.state = self._restore() if self.start else self._create()
+            self.state = self._restore() if self.start else self._create(params)
             undo.pop_all()
         self.enter(self.start)
 
@@ -135,13 +135,12 @@ class Trainer:
         self._optimizer = make_optimizer(config, self.config.total_steps)
         self.placement = place(self.model, self.vae, self._optimizer, self.mesh)
 
-    def _create(self) -> TrainState:
+    def _create(self, params: Params) -> TrainState:
         if self.hosts.is_first:
-            save_stage_frozen(self.folder, self._source)
+            save_stage_frozen(self.folder, self.source)
         self.ledger.resume({}, self.folder / LOG, 0)
         create = jax.jit(lambda params: create_state(params, self._optimizer),
                          out_shardings=self.placement.state)
-        params, self.params = self.params, None
         return create(params)
 
     def _restore(self) -> TrainState:
@@ -188,7 +187,7 @@ class Trainer:
         """What a step would take at the devices' peak; told on the first host alone."""
         if not self.hosts.is_first:
             return None
-        return seconds_at_peak(self.config, self._source.config, self.data.packs)
+        return seconds_at_peak(self.config, self.source.config, self.data.packs)
 
     def draw(self, draw: Callable[[Model, int], Image.Image], step: int) -> Image.Image:
         """Lets `draw` have the EMA as a model, on this process's first device."""
@@ -197,7 +196,7 @@ class Trainer:
         dtype = jnp.dtype(self.config.dtype)
         with self.ledger.spend("drawing"), jax.set_mesh(first):
             ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), self.state.ema)
-            return draw(dataclasses.replace(self._source, params=ema), step)
+            return draw(dataclasses.replace(self.source, params=ema), step)
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
