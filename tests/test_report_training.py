@@ -16,7 +16,7 @@ from irg_jax.evaluation import curves
 from irg_jax.evaluation.training_log import METRICS, read_metrics, read_stages
 from irg_jax.evaluation.training_summary import MAX_EVENTS, MAX_PARTS, count_up, flatten
 
-SECTIONS = ("Training", "Samples over time", "Goodput", "Faults", "Config")
+SECTIONS = ("Training", "Samples over time", "Goodput", "Starts, stops and faults", "Config")
 PARTS = {"training": 812.3, "compiling": 20.1, "away": 300.0, f"own {HOSTILE}": 5.0}
 
 

@@ -6,6 +6,7 @@ then its files are read once more.
 """
 
 import contextlib
+import logging
 import pathlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ class Bundles:
     """Checkpoints of one stage; saves in the background, keeps the latest `keep` (None: all)."""
 
     def __init__(self, stage: pathlib.Path, *, keep: int | None):
+        logging.getLogger("absl").addFilter(_is_news)
         self._checkpointer = ocp.training.Checkpointer(
             stage.absolute() / FOLDER, cleanup_tmp_directories=True,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep) if keep else None)
@@ -93,6 +95,12 @@ class Bundles:
             closing.callback(self._checkpointer.close)
             for sealed in self._seals:
                 sealed.result()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the stacks that Orbax logs of an error it raises as well: `_told` tells it, and what a thread
+    prints after that would hide the sentence."""
+    return not (record.exc_info and "/orbax/checkpoint/" in pathlib.Path(record.pathname).as_posix())
 
 
 @contextlib.contextmanager

@@ -124,7 +124,11 @@ class Trainer:
                              out_shardings=(self.placement.state, self.placement.scalar))
 
     def advance(self, batch: PackedBatch) -> dict[str, Any]:
-        """Starts a step with this process's packs; returns its metrics, which are not waited for."""
+        """Starts a step with this process's packs; returns its metrics, which are not waited for.
+
+        Raises: SaveError if a save under way has failed: what comes after it could be lost.
+        """
+        self.bundles.check()
         batch = self.put(batch)
         with contextlib.nullcontext() if self._is_compiled else self.ledger.spend("compiling"):
             self.state, metrics = self._step(self.state, self.vae_params, batch)
