@@ -6,11 +6,14 @@ from typing import Any
 
 from data_pipelines.config import DataConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
+from irg_jax.models.functional import Functional, Params
+from irg_jax.models.irg import IRG
+from irg_jax.models.lora import LoraConfig, adapt
 from irg_jax.models.stack import REMAT
 from irg_jax.parallel.sharding import MeshConfig
 from irg_jax.parallel.topologies import Topology, find_topology
 from irg_jax.training.losses import LossConfig
-from irg_jax.training.optimizer import OptimizerConfig
+from irg_jax.training.optimizer import OptimizerConfig, never_trained
 from irg_jax.training.step import StepConfig
 
 
@@ -58,6 +61,8 @@ class TrainConfig:
     total_steps: int
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
+    frozen_dtype: str = "float32"    # in which what never trains is held: "float32" or "bfloat16"
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
     topologies: tuple[SliceConfig, ...] = ()  # in a config also {name: {mesh, packs_per_step}}
@@ -82,8 +87,9 @@ class TrainConfig:
     def __post_init__(self):
         if not self.stage or "/" in self.stage or self.stage in (".", ".."):
             raise ValueError(f"stage is {self.stage!r}; it names one folder below the workdir")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}; use 'bfloat16' or 'float32'")
+        for name in ("dtype", "frozen_dtype"):
+            if getattr(self, name) not in ("bfloat16", "float32"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use 'bfloat16' or 'float32'")
         if self.wandb not in ("", "offline", "online"):
             raise ValueError(f"wandb is {self.wandb!r}; use 'offline', 'online' or nothing")
         if self.wandb and importlib.util.find_spec("wandb") is None:
@@ -127,6 +133,18 @@ class TrainConfig:
                 loss = dataclasses.replace(self.loss, **weights)
                 config = dataclasses.replace(self, optimizer=optimizer, loss=loss)
         return config
+
+    def network(self, model: ModelConfig) -> Functional:
+        """The network that is trained: with adapters, where the config asks for some."""
+        return Functional(lambda rngs: adapt(IRG(model, rngs=rngs), self.lora, rngs=rngs))
+
+    def never_trained(self, shapes: Params) -> tuple[str, ...]:
+        """Dotted paths of the parameters that train in no phase; each phase's names are looked at.
+
+        Raises: ValueError if a phase trains nothing, or freezes what is no group and no parameter's prefix.
+        """
+        phases = {self.at(step).optimizer.frozen for step in (0, *(phase.from_step for phase in self.phases))}
+        return never_trained(shapes, phases)
 
     def step_config(self) -> StepConfig:
         groups = tuple(group.name for group in self.data.groups)

@@ -5,7 +5,8 @@
 
 Nothing is allocated and no weights are needed; libtpu must be installed (pip install '.[tpu]'). Mesh and packs
 are those of the config's table `topologies`, or the config's own for a slice that it lacks, and can be
-overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints one JSON object last; ends with status 1 if the step
+overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints what a chip carries with each option that saves memory
+(`moments`, `lora`, `frozen_dtype`), and one JSON object last; ends with status 1 if the step
 does not fit.
 """
 
@@ -72,6 +73,7 @@ def main(values: Any) -> None:
     print(f"compiling for {topology.name}: minutes of one core", flush=True)
     if values.program == "train":
         result = train(config, topology, values.tile)
+        print(estimate.tabulate(result["options"]))
     else:
         result = generate(config, topology, values.context)
     print(json.dumps(result, indent=1))

@@ -100,7 +100,8 @@ def assert_same(alone, workdir) -> None:
 
 # In 4 x 2 with context 4, two processes share each pack; with tensor 2 and context 2 a pack lies in one.
 @pytest.mark.parametrize("processes, devices, axes", [
-    (2, 4, dict(data=2, fsdp=2, context=2)), (4, 2, dict(fsdp=2, context=4)),
+    (2, 4, dict(data=2, fsdp=2, context=2)),
+    pytest.param(4, 2, dict(fsdp=2, context=4), marks=pytest.mark.slow),
     pytest.param(1, 1, {}, marks=pytest.mark.slow),
     pytest.param(2, 4, dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.slow),
     pytest.param(4, 2, dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),

@@ -11,17 +11,10 @@ from irg_jax.checkpoints.bundle import Bundles
 from irg_jax.checkpoints.model import load_model
 from irg_jax.config import Phase
 from irg_jax.models.functional import Functional
+from irg_jax.models.groups import GROUPS, group_of, paths_of, replace
 from irg_jax.models.irg import IRG
 from irg_jax.training.loop import train
-from irg_jax.training.optimizer import (
-    GROUPS,
-    OptimizerConfig,
-    group_of,
-    make_optimizer,
-    paths_of,
-    replace,
-    select,
-)
+from irg_jax.training.optimizer import OptimizerConfig, make_optimizer, select
 from test_loop import base, config, metrics, signal_after  # noqa: F401 (a fixture)
 
 PHASES = (Phase("drawing", 2, frozen=("und", "vit", "connector", "embeddings"), ce_weight=0.0),

@@ -1,17 +1,25 @@
 """The report on a compiled step: what fits, what to change, and the command itself for a slice nobody has."""
 
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
+import jax
 import pytest
 
+from data_pipelines.config import from_config_dict, load_config
+from irg_jax.checkpoints.names import model_shapes
+from irg_jax.config import TrainConfig
+from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.parallel.collectives import Collective, Work
 from irg_jax.parallel.compiling import Report, read_memory, rounded
+from irg_jax.parallel.sharding import MeshConfig, make_abstract_mesh
 from irg_jax.parallel.topologies import CHIPS
+from irg_jax.training import estimate
 from irg_jax.training.estimate import advise
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -89,6 +97,7 @@ def test_a_wrong_topology_is_one_sentence():
     assert ended.returncode == 1 and "did you mean" in ended.stderr and "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_stage_1_fits_64_v5p_chips(libtpu):
     found = report("--topology", "v5p:4x4x4")
     assert found["chips"] == 64 and found["fits"] and found["params"] > 14.5e9
@@ -96,6 +105,30 @@ def test_stage_1_fits_64_v5p_chips(libtpu):
     assert found["executed_flops"] > found["model_flops"] > 0 and 0 < found["mfu_bound"] < 1
     assert found["executed_by"]["kernel"] > 0
     assert set(found["collective_gib"]) >= {"all-gather", "reduce-scatter"}
+
+
+SMALL = ModelConfig(LLMConfig(1024, 512, 1024, 2, 4, 2), ViTConfig(128, 256, 2, 2), VAEConfig(
+    ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1))
+
+
+def test_options_are_told_by_what_a_chip_carries():
+    config = from_config_dict(TrainConfig, load_config(str(ROOT / "configs/irgl_stage1.py")))
+    mesh = make_abstract_mesh(MeshConfig(fsdp=4), 4)
+    table = estimate.compare_options(config, SMALL, mesh)
+    full, thin = table["as configured"], table["LoRA of und, gen in bfloat16"]
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(model_shapes(SMALL)))
+    assert full["params"] == pytest.approx(4 * params / 4 / 2**30, rel=0.01)    # small ones are not split
+    assert full["moments"] == pytest.approx(2 * full["params"], rel=1e-3)
+    assert full["gradients"] == full["ema"] == full["params"]
+    assert table["moments bfloat16"]["moments"] == pytest.approx(full["moments"] / 2, rel=1e-3)
+    assert full["moments"] / 4 < table["moments int8"]["moments"] < 0.27 * full["moments"]
+    assert table["LoRA of und, gen"]["params"] > full["params"]
+    assert thin["params"] == pytest.approx(full["params"] / 2 + thin["ema"], rel=1e-3)
+    assert thin["gradients"] == thin["ema"] == pytest.approx(thin["moments"] / 2, rel=1e-3)
+    assert thin["ema"] < 0.15 * full["ema"]
+    assert all(row["all"] == pytest.approx(sum(row.values()) / 2) for row in table.values())
+    lines = estimate.tabulate(table).splitlines()
+    assert len(lines) == 1 + len(table) and len({len(line) for line in lines}) == 1
 
 
 def test_a_program_that_is_refused_is_reported_all_the_same(libtpu):

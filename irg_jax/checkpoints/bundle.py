@@ -17,6 +17,8 @@ from orbax.checkpoint import v1 as ocp
 
 from irg_jax.checkpoints.seals import SEAL, find_faults, seal, steps_of
 from irg_jax.models.functional import Params
+from irg_jax.models.groups import keep, paths_of, replace
+from irg_jax.models.lora import LoraConfig, add_shapes, merge, read_lora
 
 FOLDER = "checkpoints"
 _PART_BYTES = 2**22
@@ -126,7 +128,7 @@ def latest_step(stage: pathlib.Path) -> int:
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:
-    """EMA of a stage's newest bundle, and its step.
+    """EMA of a stage's newest bundle, and its step. What never trained is there once; adapters are merged.
 
     Args: shapes is the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to
         the first device.
@@ -144,5 +146,15 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        return checkpointer.load_checkpointables(step, {"ema": abstract})["ema"], step
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, ocp.training.Checkpointer(folder) as checkpointer:
+        position = checkpointer.load_checkpointables(step, {"position": None})["position"]
+        lora = read_lora(position["lora"]) if "lora" in position else LoraConfig()
+        lacks = position.get("not_averaged", [])
+        whole = add_shapes(abstract, lora)
+        rest = keep(whole, [path in lacks for path in paths_of(whole)])
+        wanted = {"ema": keep(whole, [path not in lacks for path in paths_of(whole)])}
+        found = checkpointer.load_checkpointables(step, wanted | ({"state": {"params": rest}} if rest else {}))
+    params = replace(found["state"]["params"], found["ema"]) if rest else found["ema"]
+    return (jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params), step

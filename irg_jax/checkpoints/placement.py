@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
@@ -31,40 +32,39 @@ def load_frozen(path: str | pathlib.Path) -> Model:
     return Model(config, tokenizer, {}, vae)
 
 
-def load_onto(path: str | pathlib.Path, shardings: Params) -> Params:
-    """The network in float32, every parameter placed as soon as it is read.
+def load_onto(path: str | pathlib.Path, shapes: Params) -> Params:
+    """The network, every parameter placed as soon as it is read.
 
-    Args: shardings is a tree of NamedSharding, as the parameters will lie; layers are never split.
+    Args: shapes is a tree of ShapeDtypeStruct with NamedShardings, as parameters will lie; layers are never
+        split.
     Raises: as `load_model`.
     """
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
-        shapes = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding),
-                              names.model_shapes(load_stage_frozen(folder).config), shardings)
         with damage(folder / BUNDLES):
             return restore_ema(folder, shapes)[0]
     config, _, reader = open_model(folder)
-    return names.unflatten(dict(_place(reader, model_slots(config)["model"], names.flatten(shardings))))
+    return names.unflatten(dict(_place(reader, model_slots(config)["model"], names.flatten(shapes))))
 
 
-def _place(reader: Reader, slots: list[names.Slot], shardings: dict[str, NamedSharding]
+def _place(reader: Reader, slots: list[names.Slot], shapes: dict[str, jax.ShapeDtypeStruct]
            ) -> Iterator[tuple[str, jax.Array]]:
     groups = collections.defaultdict(list)
     for slot in slots:
         groups[slot.path].append(slot)
     leaves = reader.in_turn([f"model.{slot.leaf}" for group in groups.values() for slot in group])
     for path, group in groups.items():
-        whole = shardings[path]
+        whole, dtype = shapes[path].sharding, shapes[path].dtype
         if group[0].layer is None:
-            yield path, put(next(leaves), whole)
+            yield path, put(next(leaves), whole, dtype)
             continue
         assert [slot.layer for slot in group] == list(range(len(group)))
         layer = NamedSharding(whole.mesh, PartitionSpec(*whole.spec[1:]))
-        parts = [put(next(leaves), layer) for _ in group]
+        parts = [put(next(leaves), layer, dtype) for _ in group]
         yield path, jax.jit(lambda *parts: jnp.stack(parts), out_shardings=whole)(*parts)
 
 
-def put(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A leaf that every host has, in float32; `jax.device_put` would compare it over the network first."""
-    leaf = np.asarray(leaf, np.float32)
+def put(leaf: np.ndarray, sharding: NamedSharding, dtype: DTypeLike = np.float32) -> jax.Array:
+    """A leaf that every host has; `jax.device_put` would compare it over the network first."""
+    leaf = np.asarray(leaf, dtype)
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

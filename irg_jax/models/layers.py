@@ -64,15 +64,19 @@ matmul.defvjp(lambda x, kernel, axes: (matmul(x, kernel, axes), (x, kernel)), _m
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, in the dtype of x."""
+    """y = x kernel + bias, in the dtype of x; and what `irg_jax.models.lora` has put beside the kernel."""
 
     def __init__(self, d_in: int, d_out: int, axes: Axes, *, use_bias: bool = True, rngs: nnx.Rngs):
         self.axes = axes
         self.kernel = param(rngs, (d_in, d_out), axes, 1 / math.sqrt(d_in))
         self.bias = constant((d_out,), axes[1:], 0.0) if use_bias else None
+        self.lora_a, self.lora_b, self.lora_scale = nnx.data(None), nnx.data(None), 1.0
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         y = matmul(x, self.kernel[...], self.axes)
+        if self.lora_a is not None:
+            thin = matmul(x, self.lora_a[...], (self.axes[0], None))
+            y = y + self.lora_scale * matmul(thin, self.lora_b[...], (None, self.axes[1]))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

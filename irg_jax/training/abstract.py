@@ -1,5 +1,6 @@
 """The training step of a run as arguments to trace with: shapes, dtypes and shardings, and not one array."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +10,9 @@ from data_pipelines.batch import PackedBatch
 from data_pipelines.packing import empty_pack
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.config import ModelConfig
-from irg_jax.models.functional import Functional
-from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.models.functional import Functional, Params
+from irg_jax.models.groups import paths_of
+from irg_jax.models.irg import make_autoencoder
 from irg_jax.parallel.compiling import abstract
 from irg_jax.training.placement import Placement, check_share, place
 from irg_jax.training.losses import encode_image
@@ -57,13 +59,21 @@ def trace_step(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh)
 def lay_out(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
             ) -> Layout:
     """The state of a run on a mesh, which may be one without devices."""
-    network = Functional(lambda rngs: IRG(model, rngs=rngs))
+    network, never = config.network(model), config.never_trained(config.network(model).shapes)
     vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    placement = place(network, vae, optimizer, mesh)
-    state = jax.eval_shape(lambda params: create_state(params, optimizer), network.shapes)
+    placement = place(network, vae, optimizer, mesh, never)
+    state = jax.eval_shape(lambda params: create_state(params, optimizer, never),
+                           hold(network.shapes, never, config.frozen_dtype))
     return Layout(network, vae, placement, abstract(state, placement.state),
                   abstract(vae.shapes, placement.vae))
+
+
+def hold(shapes: Params, never: Collection[str], dtype: str) -> Params:
+    """Shapes of parameters as a run holds them: what never trains in `dtype`."""
+    leaves = [jax.ShapeDtypeStruct(x.shape, dtype) if path in never else x
+              for path, x in zip(paths_of(shapes), jax.tree.leaves(shapes), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def trace_encoder(config: TrainConfig, model: ModelConfig) -> jax.stages.Traced:

@@ -25,6 +25,7 @@ from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import make_abstract_mesh
 from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import lay_out, trace_encoder
+from irg_jax.training.optimizer import select
 from irg_jax.training.placement import check_share
 from irg_jax.training.planned import Planned, model_flops, plan_packs
 
@@ -100,7 +101,8 @@ def describe_memory(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     packs = config.data.packs_per_step // shards
     parts = {"parameters": device_bytes(state.params), "moments": device_bytes(state.opt),
-             "EMA": device_bytes(state.ema), "gradients": device_bytes(state.params),
+             "EMA": device_bytes(state.ema),
+             "gradients": device_bytes(select(state.params, config.optimizer.frozen)),
              "encoder": device_bytes(vae_params),
              "batch": packs * sum(leaf.nbytes for leaf in jax.tree.leaves(empty_pack(config.data))),
              "layers' inputs": saved_inputs(config, model, mesh)}

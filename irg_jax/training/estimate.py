@@ -1,5 +1,6 @@
 """What a compiled step says about a run: memory, work and the best that can be reached, as one record."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import ModelConfig
+from irg_jax.models.lora import LoraConfig
 from irg_jax.parallel.compiling import GIB, Report, device_bytes, rounded, summarize
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.topologies import Topology
-from irg_jax.training.abstract import Step, trace_encoder
+from irg_jax.training.abstract import Step, lay_out, trace_encoder
+from irg_jax.training.optimizer import select
 from irg_jax.training.planned import Planned, model_flops
+from irg_jax.training.step import TrainState
 
 
 def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: jax.sharding.Mesh, step: Step,
@@ -26,8 +30,9 @@ def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: 
         "params": sum(math.prod(x.shape) for x in jax.tree.leaves(step.state.params)),
         "packs_per_step": data.packs_per_step, "accumulate": config.accumulate,
         "tokens_per_step": data.packs_per_step * (data.text_tokens + data.vit_tokens + data.latent_tokens),
-        "state_gib": device_bytes(step.state) / GIB, "params_gib": device_bytes(step.state.params) / GIB,
-        "moments_gib": device_bytes(step.state.opt) / GIB, "ema_gib": device_bytes(step.state.ema) / GIB,
+        "state_gib": device_bytes(step.state) / GIB,
+        **{f"{name}_gib": size for name, size in measure_state(config, step.state).items() if name != "all"},
+        "options": compare_options(config, model, mesh),
         "fill": planned.fill, "visible_ratio": planned.visible_ratio, "visited_ratio": planned.visited_ratio,
         **summarize(report, topology, useful, executed),
         "overrides": " ".join([f"--config.mesh.{axis}={size}" for axis, size in mesh.shape.items()]
@@ -35,6 +40,36 @@ def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: 
                                  f"--config.accumulate={config.accumulate}"]),
     }
     return rounded(result) | {"advice": advise(result)}
+
+
+def measure_state(config: TrainConfig, state: TrainState) -> dict[str, float]:
+    """GiB of a chip: what a run carries from step to step, and the gradients, which no step is without."""
+    sizes = {"params": device_bytes(state.params),
+             "gradients": device_bytes(select(state.params, config.optimizer.frozen)),
+             "moments": device_bytes(state.opt), "ema": device_bytes(state.ema)}
+    return {name: size / GIB for name, size in (sizes | {"all": sum(sizes.values())}).items()}
+
+
+def compare_options(config: TrainConfig, model: ModelConfig,
+                    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, dict[str, float]]:
+    """The same with each of the options that let fewer chips do it; nothing is compiled for them."""
+    optimizer = config.optimizer
+    thin = dataclasses.replace(config, lora=LoraConfig(("und", "gen")), optimizer=dataclasses.replace(
+        optimizer, frozen=("vit", "connector", "embeddings", "latent")))
+    options = {"as configured": config}
+    options |= {f"moments {moments}": dataclasses.replace(config, optimizer=dataclasses.replace(
+        optimizer, moments=moments)) for moments in ("float32", "bfloat16", "int8")}
+    options |= {"LoRA of und, gen": thin,
+                "LoRA of und, gen in bfloat16": dataclasses.replace(thin, frozen_dtype="bfloat16")}
+    return {name: measure_state(option, lay_out(option, model, mesh).state) for name, option in options.items()}
+
+
+def tabulate(options: dict[str, dict[str, float]]) -> str:
+    """`compare_options` as lines of text."""
+    columns = list(next(iter(options.values())))
+    head = f"{'GiB of a chip':30}" + "".join(f"{name:>11}" for name in columns)
+    return "\n".join([head] + [f"{name:30}" + "".join(f"{row[column]:11.3f}" for column in columns)
+                               for name, row in options.items()])
 
 
 def advise(result: dict[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ neither.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,18 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from irg_jax.models.functional import Params
+from irg_jax.models.groups import GROUPS, group_of, is_below, keep, paths_of, pick
+from irg_jax.models.lora import is_adapter
 from irg_jax.training.compact import make_packing, scale_by_compact_adam
-
-# What `frozen` may name beside dotted prefixes; every parameter is in one of them.
-GROUPS = {
-    "und": ("decoder.layers.und", "decoder.norm"),
-    "gen": ("decoder.layers.gen", "decoder.norm_gen"),
-    "vit": ("vit",),
-    "connector": ("connector",),
-    "embeddings": ("embed", "lm_head"),
-    "latent": ("vae2llm", "llm2vae", "time_embedder"),
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -69,50 +61,40 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return schedule
 
 
-def group_of(path: str) -> str:
-    """The group of `GROUPS` that a parameter, by its dotted path, belongs to."""
-    return next(name for name, prefixes in GROUPS.items() if any(_is_below(path, each) for each in prefixes))
-
-
 def trainable_mask(params: Params, frozen: tuple[str, ...]) -> Any:
-    """Tree of bool. Raises ValueError if a name of `frozen` is no group and no parameter's prefix."""
+    """Tree of bool: what is not frozen, and of groups that have adapters only these.
+
+    Raises: ValueError if a name of `frozen` is no group and no parameter's prefix.
+    """
     paths = paths_of(params)
     prefixes = [prefix for name in frozen for prefix in GROUPS.get(name, (name,))]
     for prefix in prefixes:
-        if not any(_is_below(path, prefix) for path in paths):
+        if not any(is_below(path, prefix) for path in paths):
             tops = sorted({path.split(".")[0] for path in paths})
             raise ValueError(f"optimizer.frozen: no parameter is at or below {prefix!r}; the groups are "
                              f"{', '.join(GROUPS)}, the tops {', '.join(tops)}")
-    flags = [not any(_is_below(path, prefix) for prefix in prefixes) for path in paths]
+    adapted = {group_of(path) for path in paths if is_adapter(path)}
+    flags = [not any(is_below(path, prefix) for prefix in prefixes)
+             and (not adapted or is_adapter(path) or group_of(path) not in adapted) for path in paths]
     return jax.tree.unflatten(jax.tree.structure(params), flags)
-
-
-def paths_of(params: Params) -> list[str]:
-    """Dotted paths of all leaves, in their order."""
-    return [jax.tree_util.keystr(path, simple=True, separator=".")
-            for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def _is_below(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix + ".")
 
 
 def select(params: Params, frozen: tuple[str, ...]) -> Params:
     """What trains, as a tree that lacks the rest. Raises: as `trainable_mask`, or if nothing is left."""
-    def one(tree, mask):
-        if not isinstance(tree, dict):
-            return tree if mask else None
-        parts = {name: one(child, mask[name]) for name, child in tree.items()}
-        return {name: part for name, part in parts.items() if part is not None} or None
-    if not (chosen := one(params, trainable_mask(params, frozen))):
+    if not (chosen := keep(params, jax.tree.leaves(trainable_mask(params, frozen)))):
         raise ValueError(f"optimizer.frozen is {frozen}: nothing is left to train")
     return chosen
 
 
-def replace(params: Params, trained: Params) -> Params:
-    """`params` with what `trained` holds in its place."""
-    return params | {name: replace(params[name], value) if isinstance(value, dict) else value
-                     for name, value in trained.items()}
+def never_trained(params: Params, frozen: Collection[tuple[str, ...]]) -> tuple[str, ...]:
+    """Dotted paths of what trains in none of the phases, whose `frozen` are given. Raises: as `select`."""
+    trained = {path for each in frozen for path in paths_of(select(params, each))}
+    return tuple(path for path in paths_of(params) if path not in trained)
+
+
+def drop(params: Params, paths: Collection[str]) -> Params:
+    """A tree that lacks these leaves."""
+    return keep(params, [path not in paths for path in paths_of(params)])
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
@@ -128,8 +110,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def update_ema(config: OptimizerConfig, ema: Any, params: Any) -> Any:
-    """decay * ema + (1 - decay) * params, in float32; frozen parameters as configured."""
-    mask = trainable_mask(params, config.frozen)
+    """decay * ema + (1 - decay) * params, in float32; frozen parameters as configured.
+
+    Args: ema may lack parameters: what never trains is its own average.
+    """
+    mask, params = pick(trainable_mask(params, config.frozen), ema), pick(params, ema)
     decay = config.ema_decay
     def one(old, new, trains):
         if trains:

@@ -1,6 +1,7 @@
 """Where everything that a training step touches lies on a mesh."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from irg_jax.config import TrainConfig
 from irg_jax.kernels.attention import TILE
 from irg_jax.models.functional import Functional
 from irg_jax.parallel.sharding import BATCH_AXES, param_shardings, replicated
+from irg_jax.training.optimizer import drop
 from irg_jax.training.step import TrainState
 
 
@@ -25,12 +27,12 @@ class Placement:
     scalar: Any
 
 
-def place(model: Functional, vae: Functional, optimizer, mesh) -> Placement:
-    """Parameters, moments and EMA share one layout; counters are replicated."""
+def place(model: Functional, vae: Functional, optimizer, mesh, never: Collection[str] = ()) -> Placement:
+    """Parameters, moments and EMA, which lacks what never trains, share one layout; counters are replicated."""
     params = param_shardings(model.axes, model.shapes, mesh)
     scalar = replicated(mesh)
     opt = shard_moments(jax.eval_shape(optimizer.init, model.shapes), params, scalar)
-    return Placement(TrainState(scalar, params, opt, params),
+    return Placement(TrainState(scalar, params, opt, drop(params, never)),
                      param_shardings(vae.axes, vae.shapes, mesh), place_batch(mesh), scalar)
 
 

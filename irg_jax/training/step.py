@@ -1,7 +1,7 @@
 """One training step: a pure function from state and global batch to new state and metrics."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import optax
 
 from data_pipelines.batch import PackedBatch
 from irg_jax.models.functional import Functional, Params
+from irg_jax.models.groups import GROUPS, group_of, paths_of, replace
 from irg_jax.training.losses import (
     Flow,
     LossConfig,
@@ -21,13 +22,10 @@ from irg_jax.training.losses import (
     token_losses,
 )
 from irg_jax.training.optimizer import (
-    GROUPS,
     OptimizerConfig,
-    group_of,
+    drop,
     learning_rate,
     make_optimizer,
-    paths_of,
-    replace,
     select,
     update_ema,
 )
@@ -36,7 +34,10 @@ from irg_jax.training.optimizer import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run carries from step to step; float32."""
+    """All that a run carries from step to step; float32, but for `params` that never train.
+
+    `ema` and moments lack these.
+    """
 
     step: jax.Array
     params: Params
@@ -59,9 +60,11 @@ class StepConfig:
     groups: tuple[str, ...] = () # of records, whose losses are told apart
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(params: Params, optimizer: optax.GradientTransformation, never: Collection[str] = ()
+                 ) -> TrainState:
+    """Args: never are the dotted paths of parameters that never train."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
-                      jax.tree.map(jnp.copy, params))
+                      jax.tree.map(jnp.copy, drop(params, never)))
 
 
 def make_loss(model: Functional, config: StepConfig) -> Callable:

@@ -29,13 +29,17 @@ from irg_jax.checkpoints.model import Model, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional, Params
-from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.models.groups import keep, paths_of, replace
+from irg_jax.models.irg import make_autoencoder
+from irg_jax.models.lora import is_adapter, merge
+from irg_jax.parallel.compiling import abstract
 from irg_jax.parallel.hosts import Hosts
 from irg_jax.parallel.sharding import make_mesh, replicated
+from irg_jax.training.abstract import hold
 from irg_jax.training.goodput import Ledger
 from irg_jax.training.metrics import LOG, EventLog
 from irg_jax.training.moments import check_moments
-from irg_jax.training.optimizer import OptimizerConfig, make_optimizer, select
+from irg_jax.training.optimizer import OptimizerConfig, make_optimizer
 from irg_jax.training.placement import check_share, place, rows_here
 from irg_jax.training.profiling import seconds_at_peak
 from irg_jax.training.resuming import check_changes
@@ -84,12 +88,12 @@ class Trainer:
         check_moments(config.data, source)
         if source.tokenizer is None:
             raise ValueError(f"{config.init_from} has no tokenizer.json; training needs one")
-        self.model = Functional(lambda rngs: IRG(source.config, rngs=rngs))
+        self.model = config.network(source.config)
+        self.never = config.never_trained(self.model.shapes)    # a name that is none is refused now
+        self.not_averaged = self.never    # what the EMA lacks
         self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
         self.mesh = make_mesh(config.mesh)
         check_share(config, self.mesh)
-        for step in (0, *(phase.from_step for phase in config.phases)):   # a name that is none is refused now
-            select(self.model.shapes, config.at(step).optimizer.frozen)
         self._lay_out(config.at(self.start).optimizer)
         self.rows = rows_here(self.placement.batch.image_height, config.data.packs_per_step)
         self.data = make_iterator(config.data, source.tokenizer, start=self.start, rows=self.rows,
@@ -105,7 +109,7 @@ class Trainer:
         with contextlib.ExitStack() as undo:
             undo.callback(self.data.close)
             self.vae_params = jax.tree.map(put, self.source.vae, self.placement.vae)
-            params = None if self.start else load_onto(self._origin, self.placement.state.params)
+            params = None if self.start else self._load()
             # Opened once nothing more is to be refused: Orbax makes a folder, and has threads.
             self.bundles = Bundles(self.folder, keep=self.config.keep)
             undo.callback(self.bundles.close)
@@ -137,13 +141,30 @@ class Trainer:
 
     def _lay_out(self, config: OptimizerConfig) -> None:
         self._optimizer = make_optimizer(config, self.config.total_steps)
-        self.placement = place(self.model, self.vae, self._optimizer, self.mesh)
+        self.placement = place(self.model, self.vae, self._optimizer, self.mesh, self.not_averaged)
+
+    def _load(self) -> Params:
+        """The weights that a stage starts from, and adapters that change nothing yet."""
+        adapters = [is_adapter(path) for path in paths_of(self.model.shapes)]
+        fresh = lambda tree: keep(tree, adapters)
+        params = load_onto(self._origin, keep(self._held().params, [not each for each in adapters]))
+        if not any(adapters):
+            return params
+        init = jax.jit(lambda: fresh(self.model.init(self.config.seed)),
+                       out_shardings=fresh(self.placement.state.params))
+        return replace(params, init())
+
+    def _held(self) -> TrainState:
+        """Shapes and shardings of the state."""
+        params = hold(self.model.shapes, self.never, self.config.frozen_dtype)
+        shapes = jax.eval_shape(lambda params: create_state(params, self._optimizer, self.not_averaged), params)
+        return abstract(shapes, self.placement.state)
 
     def _create(self, params: Params) -> TrainState:
         if self.hosts.is_first:
             save_stage_frozen(self.folder, self.source)
         self.ledger.resume({}, self.folder / LOG, 0)
-        create = jax.jit(lambda params: create_state(params, self._optimizer),
+        create = jax.jit(lambda params: create_state(params, self._optimizer, self.not_averaged),
                          out_shardings=self.placement.state)
         return create(params)
 
@@ -152,17 +173,21 @@ class Trainer:
         position = self.bundles.position(self.start)
         self.data.check_position(position)
         self.ledger.resume(position["timer"], self.folder / LOG, self.start)
+        self.not_averaged = tuple(position.get("not_averaged", ()))
         self._lay_out(dataclasses.replace(self.config.optimizer, frozen=tuple(position["frozen"])))
-        shapes = jax.eval_shape(lambda params: create_state(params, self._optimizer), self.model.shapes)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
-                                self.placement.state)
-        items = self.bundles.restore(self.start, state=as_item(abstract), ema=abstract.ema)
-        return TrainState(**items["state"], ema=items["ema"])
+        held = self._held()
+        items = self.bundles.restore(self.start, state=as_item(held), ema=held.ema)
+        begins = [path in self.not_averaged and path not in self.never for path in paths_of(self.model.shapes)]
+        self.not_averaged = tuple(path for path in self.not_averaged if path in self.never)
+        ema = replace(items["ema"], jax.tree.map(jnp.copy, keep(items["state"]["params"], begins)))
+        return TrainState(**items["state"], ema=ema)
 
     def save(self, step: int) -> None:
         """Raises: SaveError if this save or an earlier one failed, as on a full disk."""
         with self.ledger.spend("saving"):
-            position = self.data.position(step) | {"timer": self.ledger.state(), "frozen": list(self._frozen)}
+            position = self.data.position(step) | {
+                "timer": self.ledger.state(), "frozen": list(self._frozen),
+                "not_averaged": list(self.not_averaged), "lora": dataclasses.asdict(self.config.lora)}
             self.bundles.save(step, state=as_item(self.state), ema=self.state.ema, position=position)
         self.ledger.write(now=True)
 
@@ -198,8 +223,9 @@ class Trainer:
         first = jax.sharding.Mesh([[[[jax.local_devices()[0]]]]], self.mesh.axis_names)
         there = replicated(first)
         dtype = jnp.dtype(self.config.dtype)
+        whole = merge(replace(self.state.params, self.state.ema), self.config.lora)
         with self.ledger.spend("drawing"), jax.set_mesh(first):
-            ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), self.state.ema)
+            ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), whole)
             return draw(dataclasses.replace(self.source, params=ema), step)
 
     def put(self, batch: PackedBatch) -> PackedBatch:
