@@ -10,6 +10,7 @@ import time
 import pytest
 
 from irg_jax.checkpoints.bundle import latest_step
+from irg_jax.models.lora import LoraConfig
 from irg_jax.training.guards import claim
 from irg_jax.training.loop import train
 from irg_jax.training.trainer import Trainer
@@ -101,6 +102,8 @@ def test_another_config_is_refused_by_name_and_accepted_by_name(base, caplog):  
     smaller = dataclasses.replace(first, optimizer=dataclasses.replace(first.optimizer, moments="bfloat16"))
     with pytest.raises(ValueError, match="'float32' -> 'bfloat16', which cannot change within a run"):
         train(smaller, base / "run", accepted=["optimizer.moments"])
+    with pytest.raises(ValueError, match=r"lora.rank: 16 -> 4.*cannot change within a run"):
+        train(dataclasses.replace(first, lora=LoraConfig(rank=4)), base / "run", accepted=["lora.rank"])
     assert train(changed, base / "run", accepted=["seed", "total_steps"]) == 2
     assert "from step 1 on seed: 42 -> 7" in caplog.text
     assert json.loads((base / "run" / "named" / "config.json").read_text())["seed"] == 7

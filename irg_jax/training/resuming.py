@@ -14,7 +14,7 @@ CONFIG = "config.json"
 FREE = ("data", "mesh", "topologies", "accumulate", "remat", "save_every", "keep", "log_every", "max_skipped",
         "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
         "export", "wandb")
-MOMENTS = "optimizer.moments"
+FIXED = ("optimizer.moments", "lora.")    # what the names of such fields begin with
 
 
 def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
@@ -37,9 +37,11 @@ def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted
         raise ValueError(f"--accept_changes names {', '.join(unknown)}, and these are compared: "
                          f"{', '.join(sorted(new))}")
     changed = {difference.partition(":")[0]: difference for difference in compare(old, new)}
-    if MOMENTS in changed:
-        raise ValueError(f"{folder} was begun with another config: {changed[MOMENTS]}, which cannot change "
-                         "within a run: moments are in its checkpoints. Undo that, or begin anew from its EMA")
+    # Of a run that was begun before a field was known, the field may be accepted.
+    if fixed := [told for name, told in changed.items() if name.startswith(FIXED) and name in old]:
+        raise ValueError(f"{folder} was begun with another config: {'; '.join(fixed)}, which cannot "
+                         "change within a run: its checkpoints hold moments and adapters. Undo that, or begin "
+                         "anew from its EMA")
     if refused := [name for name in changed if name not in accepted]:
         told = "; ".join(changed[name] for name in refused)
         raise ValueError(f"{folder} was begun with another config: {told}. Undo that, use another --workdir, "
