@@ -146,15 +146,17 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context, ocp.training.Checkpointer(folder) as checkpointer:
+    with ocp.training.Checkpointer(folder) as checkpointer:
         position = checkpointer.load_checkpointables(step, {"position": None})["position"]
         lora = read_lora(position["lora"]) if "lora" in position else LoraConfig()
         lacks = position.get("not_averaged", [])
         whole = add_shapes(abstract, lora)
         rest = keep(whole, [path in lacks for path in paths_of(whole)])
         wanted = {"ema": keep(whole, [path not in lacks for path in paths_of(whole)])}
-        found = checkpointer.load_checkpointables(step, wanted | ({"state": {"params": rest}} if rest else {}))
+        context = ocp.Context()
+        context.pytree.loading.partial_load = bool(rest)    # else what nobody asked for is a fault
+        with context:
+            found = checkpointer.load_checkpointables(
+                step, wanted | ({"state": {"params": rest}} if rest else {}))
     params = replace(found["state"]["params"], found["ema"]) if rest else found["ema"]
     return (jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params), step
