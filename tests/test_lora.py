@@ -168,6 +168,7 @@ def test_any_mesh_gives_the_same_steps(run, base):  # noqa: F811
                                rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_what_begins_to_train_later_begins_to_be_averaged(base):  # noqa: F811
     fields = FIELDS | {"lora": LoraConfig(), "total_steps": 1,
                        "optimizer": dataclasses.replace(FIELDS["optimizer"], frozen=("vit", "gen"))}

@@ -93,6 +93,7 @@ def test_any_mesh_gives_the_same_steps(single, mesh):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_moments_of_eight_bits_are_the_same_on_any_mesh_and_near_the_whole_ones(single):
     config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, moments="int8"))
     alone, _ = run(MeshConfig(), 1, config)
