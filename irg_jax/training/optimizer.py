@@ -17,6 +17,7 @@ from irg_jax.models.groups import GROUPS, group_of, is_below, keep, paths_of, pi
 from irg_jax.models.lora import is_adapter
 from irg_jax.training.compact import make_packing, scale_by_compact_adam
 
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The paper's values. `schedule` is constant, or linear or cosine down to `final_learning_rate`."""
