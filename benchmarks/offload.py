@@ -1,85 +1,63 @@
-"""What a chip carries when Adam's moments lie in the host's memory, by three ways to update them.
+"""What a chip holds at the end of a step, when moments and EMA lie in the host's memory (`on_host`).
 
     PYTHONPATH=.venv/libtpu python -m benchmarks.offload
 
-Compiles, for one v6e chip that is not there, a step of a small network of eight stacks of four layers (4 GiB
-of parameters, 8 GiB of moments, float32): moments on the chip; brought as a whole and taken back after the
-update; layer by layer in a scan. GiB are arguments and temporaries of the chip; the limit is that of the first
-way without its moments. Some minutes of compilation a way. Prints one JSON object last and writes it to
-benchmarks/results/offload.json.
+Compiles, for TPUs that are not there, the update of BAGEL-7B-MoT alone: clipping, AdamW and
+average of stage 1. GiB are a chip's; the limit is what the step needs in any case: parameters and gradients.
+Two minutes of a core. Prints one JSON object last and writes it to benchmarks/results/offload.json.
 """
 
-import functools
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from absl import flags
-from jax.sharding import SingleDeviceSharding
 
 from benchmarks import machine
 from data_pipelines import command
-from irg_jax.parallel.compiling import GIB
+from data_pipelines.config import from_config_dict, load_config
+from irg_jax.config import BAGEL_7B_MOT, TrainConfig
+from irg_jax.parallel.compiling import GIB, device_bytes, rounded
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.parallel.topologies import compile_devices, find_topology
+from irg_jax.training.abstract import lay_out
+from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.update import make_update
 
-TOPOLOGY, LAYERS, WIDTH, INNER, TOKENS = "v6e:1x1", 4, 2048, 16384, 4096
-WAYS = ("on the chip", "whole", "layer by layer")
-
-
-def loss(stacks: list[jax.Array], x: jax.Array) -> jax.Array:
-    for kernel in stacks:
-        for layer in range(LAYERS):
-            half = kernel[layer].astype(jnp.bfloat16)
-            x = x + jnp.tanh(x @ half) @ half.T
-    return jnp.sum(jnp.square(x.astype(jnp.float32)))
+CONFIG = "configs/irgl_stage1.py"
+WAYS = ((), ("ema",), ("moments",), ("moments", "ema"))
 
 
-def update(kernel: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-    return kernel - 1e-4 * m / (jnp.sqrt(v) + 1e-8), m, v
-
-
-def moved(kernel: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-    """The update of what is brought from the host and taken back."""
-    kernel, m, v = update(kernel, *jax.device_put((m, v), jax.memory.Space.Device), g)
-    return kernel, *jax.device_put((m, v), jax.memory.Space.Host)
-
-
-def step(way: str, stacks: list[jax.Array], m: list[jax.Array], v: list[jax.Array], x: jax.Array):
-    grads = jax.grad(loss)(stacks, x)
-    norm = optax.tree.norm(grads)
-    grads = [g / norm for g in grads]
-    in_layers = lambda *leaf: jax.lax.scan(lambda _, layer: (None, moved(*layer)), None, leaf)[1]
-    one = {"on the chip": update, "whole": moved, "layer by layer": in_layers}[way]
-    return tuple(map(list, zip(*map(one, stacks, m, v, grads), strict=True)))
-
-
-def measure(way: str, stacks: int) -> dict[str, Any]:
-    chip = SingleDeviceSharding(compile_devices(find_topology(TOPOLOGY))[0])
-    there = chip if way == "on the chip" else chip.with_memory_kind("pinned_host")
-    of = lambda where: [jax.ShapeDtypeStruct((LAYERS, WIDTH, INNER), jnp.float32, sharding=where)] * stacks
-    x = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16, sharding=chip)
-    jitted = jax.jit(functools.partial(step, way), donate_argnums=(0, 1, 2),
-                     out_shardings=([chip] * stacks, [there] * stacks, [there] * stacks))
-    traced = jitted.trace(of(chip), of(there), of(there), x)
-    memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
-    return {"chip_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
-            "host_gib": memory.host_argument_size_in_bytes / GIB}
+def measure(config: TrainConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    network, _, placement, state, _ = lay_out(config, BAGEL_7B_MOT, mesh)
+    update = make_update(network, config.optimizer, make_optimizer(config.optimizer, config.total_steps))
+    scalars = [jax.ShapeDtypeStruct((), dtype, sharding=placement.scalar) for dtype in (jnp.float32, jnp.bool_)]
+    step = jax.jit(update, donate_argnums=(0, 1), out_shardings=(placement.state, placement.scalar))
+    compiled = step.trace(state, state.params, *scalars).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    return {"arguments_gib": memory.argument_size_in_bytes / GIB, "temp_gib": memory.temp_size_in_bytes / GIB,
+            "chip_gib": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / GIB,
+            "host_gib": (memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes) / GIB,
+            "limit_gib": 2 * device_bytes(state.params) / GIB}
 
 
 def main(values: Any) -> None:
     jax.config.update("jax_platforms", "cpu")
-    about, ways = machine.describe("jax", "libtpu"), {}
+    config = from_config_dict(TrainConfig, values.config or load_config(CONFIG))
+    topology, ways = find_topology(values.topology), {}
+    about = machine.describe("jax", "libtpu")
+    mesh = make_mesh(MeshConfig(), compile_devices(topology))
     for way in WAYS:
-        ways[way] = measure(way, values.stacks)
-        print(f"{way}: {ways[way]['chip_gib']:.2f} GiB on the chip", flush=True)
-    limit = ways["on the chip"]["chip_gib"] - 2 * values.stacks * LAYERS * WIDTH * INNER * 4 / GIB
-    machine.keep({"benchmark": "offload", **about, "topology": TOPOLOGY, "stacks": values.stacks,
-                  "limit_gib": limit, "ways": ways}, values.out)
+        name = ", ".join(way) or "nothing"
+        ways[name] = measure(dataclasses.replace(config, on_host=way), mesh)
+        print(f"{name} on the host: {ways[name]['chip_gib']:.2f} GiB on the chip", flush=True)
+    machine.keep(rounded({"benchmark": "offload", **about, "topology": topology.name, "mesh": dict(mesh.shape),
+                          "on_host": ways}), values.out)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("stacks", 8, "Stacks of layers; 0.5 GiB each.", lower_bound=1)
+    command.define_config(f"The configuration of a training stage; by default {CONFIG}.")
+    flags.DEFINE_string("topology", "v5p-16", "TPU slice; its chips split the parameters.")
     flags.DEFINE_string("out", str(machine.RESULTS / "offload.json"), "The result file.")
     command.run(main)

@@ -41,7 +41,7 @@ from irg_jax.parallel.topologies import CHIPS
 from irg_jax.training.abstract import trace_encoder, trace_step
 from irg_jax.training.optimizer import make_optimizer
 from irg_jax.training.planned import RECORDS, lay_out, measure_pack, model_flops
-from irg_jax.training.step import create_state
+from irg_jax.training.state import create_state
 
 CONFIG = "configs/irgl_stage1.py"
 STEPS = 5

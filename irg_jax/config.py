@@ -65,6 +65,7 @@ class TrainConfig:
     frozen_dtype: str = "float32"    # in which what never trains is held: "float32" or "bfloat16"
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    on_host: tuple[str, ...] = ()    # what lies in the host's memory: "moments", "ema"
     topologies: tuple[SliceConfig, ...] = ()  # in a config also {name: {mesh, packs_per_step}}
     seed: int = 42                   # noise of the flow and of the posterior
     accumulate: int = 1              # parts that a step's packs are taken in
@@ -90,6 +91,12 @@ class TrainConfig:
         for name in ("dtype", "frozen_dtype"):
             if getattr(self, name) not in ("bfloat16", "float32"):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use 'bfloat16' or 'float32'")
+        if unknown := set(self.on_host) - {"moments", "ema"}:
+            raise ValueError(f"on_host has {', '.join(map(repr, sorted(unknown)))}; use 'moments', 'ema'")
+        if self.on_host and (self.optimizer.moments != "float32" or self.lora.groups):
+            raise ValueError(f"on_host is {self.on_host}, optimizer.moments {self.optimizer.moments!r} and "
+                             f"lora.groups {self.lora.groups}; it goes with moments of float32 and without "
+                             "LoRA, whose moments are small")
         if self.wandb not in ("", "offline", "online"):
             raise ValueError(f"wandb is {self.wandb!r}; use 'offline', 'online' or nothing")
         if self.wandb and importlib.util.find_spec("wandb") is None:

@@ -10,8 +10,12 @@ On several machines, the same command on each. `srun`, `mpirun` and GKE are reco
 TPU add `--distributed`; elsewhere `--coordinator_address HOST:PORT --num_processes N --process_id I`.
 """
 
+import os
 import pathlib
+import shlex
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -19,9 +23,7 @@ from absl import flags
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
-from irg_jax.checkpoints.bagel import export_folder
 from irg_jax.checkpoints.bundle import FOLDER as CHECKPOINTS
-from irg_jax.checkpoints.model import load_model, save_model
 from irg_jax.config import TrainConfig
 from irg_jax.evaluation.samples import SampleConfig, Samples
 from irg_jax.parallel.hosts import find_place
@@ -78,7 +80,12 @@ def read_samples(config: TrainConfig, workdir: pathlib.Path) -> Samples | None:
 
 
 def export(config: TrainConfig, workdir: pathlib.Path) -> None:
-    """Writes the stage's EMA to STAGE/export, unless that is younger than the last checkpoint."""
+    """Writes the stage's EMA to STAGE/export, unless that is younger than the last checkpoint.
+
+    In a process of its own, on the host's processor: the model may be more than an accelerator holds beside all
+    else, and where hosts are several Orbax counts on each of them what all do together.
+    Raises: ValueError if it fails; that process has told why.
+    """
     folder = workdir / config.stage
     target = folder / "export"
     if not config.export:
@@ -87,12 +94,10 @@ def export(config: TrainConfig, workdir: pathlib.Path) -> None:
         if target.stat().st_mtime > (folder / CHECKPOINTS / str(config.total_steps)).stat().st_mtime:
             return
         shutil.rmtree(target)    # of a stage that has gone on since
-    model = load_model(folder)
-    if config.export == "bagel":
-        export_folder(model, target)
-    else:
-        save_model(target, model)
-    print(f"exported {folder} to {target}", flush=True)
+    again = [sys.executable, "-m", "irg_jax.export", f"--checkpoint={folder}", f"--format={config.export}",
+             f"--out={target}"]
+    if subprocess.run(again, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=False).returncode:
+        raise ValueError(f"{folder} is trained and could not be exported; again: {shlex.join(again)}")
 
 
 def main(values) -> None:
@@ -111,15 +116,12 @@ def main(values) -> None:
     draws = [read_samples(config, workdir) for config in stages]    # refused now, or never
     with start(stages, place, timeout=values.start_timeout) as hosts:
         for config, draw in zip(stages, draws, strict=True):
-            draw = draw if hosts.count == 1 else None    # else no process has all of a model
             reached = train(config, workdir, hosts, accepted=values.accept_changes, draw=draw)
             if reached < config.total_steps:
                 return
-            if hosts.count == 1:
-                export(config, workdir)
-            elif config.export and hosts.is_first:
-                print(f"to export, on one host: python -m irg_jax.export --checkpoint {workdir / config.stage} "
-                      f"--format {config.export} --out {workdir / config.stage / 'export'}", flush=True)
+            with hosts.together():    # the others wait for it
+                if hosts.is_first:
+                    export(config, workdir)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MESH_AXES
 from irg_jax.training.placement import check_share, place
 from irg_jax.training.optimizer import make_optimizer
-from irg_jax.training.step import create_state
+from irg_jax.training.state import create_state
 
 MESHES = [  # data, fsdp, tensor, context
     (1, 8, 1, 1), (1, 4, 2, 1), (1, 8, 2, 1), (1, 8, 4, 1), (1, 8, 1, 8), (1, 8, 4, 2), (2, 4, 4, 4),

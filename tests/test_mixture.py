@@ -17,7 +17,8 @@ from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.training.losses import LossConfig
 from irg_jax.training.optimizer import OptimizerConfig, make_optimizer
-from irg_jax.training.step import StepConfig, create_state, make_step
+from irg_jax.training.state import create_state
+from irg_jax.training.step import StepConfig, make_step
 from kind_cases import write_kinds
 
 STEPS = 3

@@ -18,7 +18,9 @@ from irg_jax.sampling.modes import ModeConfig, read
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import encode_latents, token_losses
 from irg_jax.training.optimizer import learning_rate, make_optimizer
-from irg_jax.training.step import create_state, make_gradient, make_update
+from irg_jax.training.state import create_state
+from irg_jax.training.step import make_gradient
+from irg_jax.training.update import make_update
 from parity_cases import (
     ParityCase,
     batched_rows,
@@ -164,14 +166,16 @@ def test_every_gradient(case):
 def test_five_optimizer_steps(case):
     config, values = case.step_config(remat="none"), case.values["optim"]
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    gradient, update = make_gradient(case.network, config), make_update(config, optimizer)
+    gradient = make_gradient(case.network, config)
+    update = make_update(case.network, config.optimizer, optimizer)
     batch = case.pack()
     flow, rate = case.flow(batch), learning_rate(config.optimizer, config.total_steps)
 
     @jax.jit
     def step(state):
         (ce, mse, *_), grads = gradient(state.params, batch, flow)
-        return update(state, grads)[0], (rate(state.step), ce, mse, optax.tree.norm(grads))
+        norm = optax.tree.norm(grads)
+        return update(state, grads, norm, True)[0], (rate(state.step), ce, mse, norm)
     state = create_state(case.params, optimizer)
     for expected in values["trajectory"]:
         state, measured = step(state)

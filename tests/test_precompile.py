@@ -46,7 +46,7 @@ def test_the_compilers_memory_report_is_read():
 
 def test_the_roofline_takes_each_limit_by_itself():
     chip = CHIPS["v5p"]
-    report = Report(1.0, True, 0, 0, 0, (), (Collective("all-gather", 10.0, 4, 5.4e9, False),),
+    report = Report(1.0, True, 0, 0, 0, 0, (), (Collective("all-gather", 10.0, 4, 5.4e9, False),),
                     Work(flops=459e12, hbm_bytes=2 * 2.46e12))
     roofline = report.roofline(chip, kernel_flops=459e12)
     assert roofline == {"compute": 2.0, "hbm": 2.0, "network": pytest.approx(0.1)}
@@ -126,7 +126,12 @@ def test_options_are_told_by_what_a_chip_carries():
     assert thin["params"] == pytest.approx(full["params"] / 2 + thin["ema"], rel=1e-3)
     assert thin["gradients"] == thin["ema"] == pytest.approx(thin["moments"] / 2, rel=1e-3)
     assert thin["ema"] < 0.15 * full["ema"]
-    assert all(row["all"] == pytest.approx(sum(row.values()) / 2) for row in table.values())
+    far = table["moments, EMA on the host"]
+    assert far["on_host"] == pytest.approx(full["moments"] + full["ema"], rel=1e-3)
+    assert far["all"] == pytest.approx(full["params"] + full["gradients"], rel=1e-3)
+    assert all(row["on_host"] == 0 for row in table.values() if row is not far)
+    parts = ("params", "gradients", "moments", "ema")
+    assert all(row["all"] == pytest.approx(sum(row[part] for part in parts)) for row in table.values())
     lines = estimate.tabulate(table).splitlines()
     assert len(lines) == 1 + len(table) and len({len(line) for line in lines}) == 1
 

@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,6 +65,23 @@ def test_both_stages_are_trained_drawn_and_exported(run):
         exported, kept = import_folder(run / stage / "export"), load_model(run / stage)
         for one, other in zip(*(model.params["decoder"]["norm"]["scale"] for model in (exported, kept))):
             np.testing.assert_allclose(one, other, rtol=1e-2)
+
+
+def test_two_hosts_draw_and_export_the_same(job, run, base):  # noqa: F811
+    """The first draws alone, on its own two devices, while the other waits."""
+    done = launch(job, base / "hosts", 2, 2, f"--config.data.source={base / 'data'}", "--config.mesh.fsdp=2",
+                  "--config.mesh.tensor=2")
+    assert all(code == 0 for code, _ in done), done
+    assert sum(output.count("exported") for _, output in done) == 2 and "exported" in done[0][1]
+    for stage, step in (("first", 3), ("second", 2)):
+        one, other = (folder / stage / "samples" / f"step_{step:06d}" for folder in (run, base / "hosts"))
+        told, found = (json.loads(path.with_suffix(".json").read_text()) for path in (one, other))
+        assert found == told
+        pictures = [np.asarray(Image.open(path.with_suffix(".png")), np.int16) for path in (one, other)]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 2
+        kept = [import_folder(folder / stage / "export").params for folder in (run, base / "hosts")]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(
+            np.asarray(x, np.float32), np.asarray(y, np.float32), atol=5e-3), *kept)
 
 
 def test_a_finished_job_is_left_alone(job, run, base):  # noqa: F811

@@ -131,7 +131,7 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     """EMA of a stage's newest bundle, and its step. What never trained is there once; adapters are merged.
 
     Args: shapes is the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to
-        the first device.
+        the host's own processor.
     Raises: ValueError if the stage has no complete checkpoint, or the newest is not what was written.
     """
     folder = pathlib.Path(stage).absolute() / FOLDER
@@ -143,7 +143,7 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     if faults := find_faults(folder / str(step)):
         raise ValueError(f"{folder / str(step)} is damaged: {'; '.join(faults[:3])}; remove it, and the one "
                          "before is taken")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(_own_processor())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
     with ocp.training.Checkpointer(folder) as checkpointer:
@@ -160,3 +160,11 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
                 step, wanted | ({"state": {"params": rest}} if rest else {}))
     params = replace(found["state"]["params"], found["ema"]) if rest else found["ema"]
     return (jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params), step
+
+
+def _own_processor() -> jax.Device:
+    """The host's, where JAX has it beside an accelerator, which may be too small for a whole model."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:    # JAX_PLATFORMS leaves it out
+        return jax.local_devices()[0]

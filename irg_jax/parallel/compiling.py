@@ -20,6 +20,7 @@ from irg_jax.parallel.collectives import (
 )
 from irg_jax.parallel.flops import Flops
 from irg_jax.parallel.hlo import Module
+from irg_jax.parallel.sharding import HOST
 from irg_jax.parallel.topologies import Chip, Topology
 
 GIB = 2**30
@@ -34,7 +35,8 @@ class Report:
     fits: bool                 # in the compiler's judgement
     arguments: int             # what a step is given; results are mostly written in their place
     temporaries: int
-    peak: int                  # arguments, new results and temporaries together
+    peak: int                  # arguments, new results and temporaries, as if none had another's place
+    planned: int               # the same as the compiler has laid them out, by which it judges
     largest: tuple[str, ...]   # of the temporaries: size and shapes, the largest first
     collectives: tuple[Collective, ...]
     work: Work
@@ -55,10 +57,13 @@ def abstract(shapes: Any, shardings: Any) -> Any:
                         shardings)
 
 
-def device_bytes(arguments: Any) -> int:
-    """Of abstract arrays, what lies on one device; a layout's padding is left out."""
+def device_bytes(arguments: Any, *, on_host: bool = False) -> int:
+    """Of abstract arrays, what lies on one device, or of its share in the host's memory.
+
+    A layout's padding is left out.
+    """
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-               for x in jax.tree.leaves(arguments))
+               for x in jax.tree.leaves(arguments) if (x.sharding.memory_kind == HOST) == on_host)
 
 
 def compile_report(traced: jax.stages.Traced, arguments: Any, num_devices: int) -> Report:
@@ -84,7 +89,7 @@ def compile_report(traced: jax.stages.Traced, arguments: Any, num_devices: int) 
         memory = compiled.memory_analysis()
         kept, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
         fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Report(seconds, compiled is not None, kept, temporaries, kept + fresh + temporaries, largest,
+    return Report(seconds, compiled is not None, kept, temporaries, kept + fresh + temporaries, whole, largest,
                   tuple(find_collectives(module, num_devices)), measure_work(module))
 
 
@@ -115,8 +120,8 @@ def summarize(report: Report, topology: Topology, useful: float, executed: Flops
     chip, chips = topology.chip, topology.num_chips
     roofline = report.roofline(chip, executed.kernel / chips)
     return {
-        "temp_gib": report.temporaries / GIB, "peak_hbm_gib": report.peak / GIB, "hbm_gib": chip.hbm_gib,
-        "fits": report.fits and report.peak <= chip.hbm_gib * GIB,
+        "temp_gib": report.temporaries / GIB, "peak_hbm_gib": report.peak / GIB,
+        "planned_hbm_gib": report.planned / GIB, "hbm_gib": chip.hbm_gib, "fits": report.fits,
         "largest_temporaries": list(report.largest),
         "model_flops": useful, "executed_flops": executed.total, "executed_by": dataclasses.asdict(executed),
         "recompute_ratio": executed.total / useful,

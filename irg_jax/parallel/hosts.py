@@ -159,6 +159,7 @@ class Hosts:
         self.index, self.names = index, tuple(names) or (socket.gethostname(),)
         self._links = dict(links or {})
         self._notes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     @property
     def count(self) -> int:
@@ -235,7 +236,9 @@ class Hosts:
                 while message := self._links[index].receive():
                     if "note" in message:
                         self._notes.put(message["note"])
-                    if "note" not in message or not self._links[index].has_line:
+                    if "call" in message:
+                        self._calls.put(None)
+                    if not message.keys() & {"note", "call"} or not self._links[index].has_line:
                         break
                 if message is None or "fault" in message:
                     sentence = (message or {}).get("fault") or f"{self.name(index)} ended; see the log there"
@@ -256,6 +259,13 @@ class Hosts:
             while True:
                 found.append(self._notes.get_nowait())
         return found
+
+    def await_first(self) -> None:
+        """While it is `watching`: all go on once host 0 has come here, which waits for none."""
+        if self.is_first:
+            self._tell({"call": True})
+        else:
+            self._calls.get()
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         for link in self._links.values():

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -27,6 +28,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "mlp": ("tensor",),
 }
 BATCH_AXES = ("data", "fsdp")
+HOST = "pinned_host"    # the kind of memory that is the host's and that devices copy from and to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,13 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) 
                 used.append(axis)
         spec.append(tuple(used) or None)
     return PartitionSpec(*spec)
+
+
+def local_mesh(heads: int) -> Mesh:
+    """Devices of this process for what one host does alone: as many as split so many key-value heads evenly."""
+    devices = jax.local_devices()
+    count = math.gcd(len(devices), heads)
+    return Mesh(np.reshape(devices[:count], (1, 1, count, 1)), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:

@@ -17,7 +17,8 @@ from irg_jax.parallel.compiling import abstract
 from irg_jax.training.placement import Placement, check_share, place
 from irg_jax.training.losses import encode_image
 from irg_jax.training.optimizer import make_optimizer
-from irg_jax.training.step import TrainState, create_state, make_step
+from irg_jax.training.state import TrainState, create_state
+from irg_jax.training.step import make_step
 
 
 class Layout(NamedTuple):
@@ -62,7 +63,7 @@ def lay_out(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.Mesh | j
     network, never = config.network(model), config.never_trained(config.network(model).shapes)
     vae = Functional(lambda rngs: make_autoencoder(model, rngs=rngs))
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    placement = place(network, vae, optimizer, mesh, never)
+    placement = place(network, vae, optimizer, mesh, never, config.on_host)
     state = jax.eval_shape(lambda params: create_state(params, optimizer, never),
                            hold(network.shapes, never, config.frozen_dtype))
     return Layout(network, vae, placement, abstract(state, placement.state),

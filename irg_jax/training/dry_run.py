@@ -112,6 +112,8 @@ def describe_memory(config: TrainConfig, model: ModelConfig, mesh: jax.sharding.
     yield f"parameters: {params / 1e9:,.3f} B"
     yield f"memory of a device: at least {total / GIB:,.2f} GiB{have}: " + ", ".join(
         f"{name} {size / GIB:,.2f}" for name, size in parts.items())
+    if held := device_bytes(state, on_host=True):
+        yield f"    in the host's memory for each: {held / GIB:,.2f} GiB ({', '.join(config.on_host)})"
     if topology:
         yield (f"    what the compiler adds: python -m irg_jax.precompile --topology {topology.cloud_name} "
                "--config ...")

@@ -15,7 +15,7 @@ from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import Step, lay_out, trace_encoder
 from irg_jax.training.optimizer import select
 from irg_jax.training.planned import Planned, model_flops
-from irg_jax.training.step import TrainState
+from irg_jax.training.state import TrainState
 
 
 def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: jax.sharding.Mesh, step: Step,
@@ -43,23 +43,31 @@ def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: 
 
 
 def measure_state(config: TrainConfig, state: TrainState) -> dict[str, float]:
-    """GiB of a chip: what a run carries from step to step, and the gradients, which no step is without."""
+    """GiB of a chip: what a run carries from step to step, and the gradients, which no step is without.
+
+    `on_host` is a chip's share of what lies in the host's memory, and not in `all`.
+    """
     sizes = {"params": device_bytes(state.params),
              "gradients": device_bytes(select(state.params, config.optimizer.frozen)),
              "moments": device_bytes(state.opt), "ema": device_bytes(state.ema)}
-    return {name: size / GIB for name, size in (sizes | {"all": sum(sizes.values())}).items()}
+    sizes |= {"all": sum(sizes.values()), "on_host": device_bytes(state, on_host=True)}
+    return {name: size / GIB for name, size in sizes.items()}
 
 
 def compare_options(config: TrainConfig, model: ModelConfig,
                     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> dict[str, dict[str, float]]:
     """The same with each of the options that let fewer chips do it; nothing is compiled for them."""
     optimizer = config.optimizer
-    thin = dataclasses.replace(config, lora=LoraConfig(("und", "gen")), optimizer=dataclasses.replace(
+    near = dataclasses.replace(config, on_host=())
+    thin = dataclasses.replace(near, lora=LoraConfig(("und", "gen")), optimizer=dataclasses.replace(
         optimizer, frozen=("vit", "connector", "embeddings", "latent")))
     options = {"as configured": config}
-    options |= {f"moments {moments}": dataclasses.replace(config, optimizer=dataclasses.replace(
+    options |= {f"moments {moments}": dataclasses.replace(near, optimizer=dataclasses.replace(
         optimizer, moments=moments)) for moments in ("float32", "bfloat16", "int8")}
-    options |= {"LoRA of und, gen": thin,
+    options |= {"moments, EMA on the host": dataclasses.replace(
+                    config, on_host=("moments", "ema"), lora=LoraConfig(),
+                    optimizer=dataclasses.replace(optimizer, moments="float32")),
+                "LoRA of und, gen": thin,
                 "LoRA of und, gen in bfloat16": dataclasses.replace(thin, frozen_dtype="bfloat16")}
     return {name: measure_state(option, lay_out(option, model, mesh).state) for name, option in options.items()}
 

@@ -41,7 +41,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
     Args:
         hosts: all processes of the run; the first of them writes logs and prints.
         accepted: config fields that may have changed since the stage was begun.
-        draw: called every `draw_every` steps and at the end, where one process has all of the model.
+        draw: called on the first host, every `draw_every` steps and at the end.
     Raises: ValueError for anything wrong with config, data or checkpoints, before the first step, and if a
         checkpoint cannot be written; FloatingPointError if loss or gradient is not finite in `max_skipped`
         steps in a row.
@@ -135,7 +135,8 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchd
             trainer.save(step)    # before it is drawn, which can fail
         if draw and (step == config.total_steps or config.draw_every and step % config.draw_every == 0):
             with progress.paused():
-                progress.show(step, trainer.draw(draw, step))
+                if picture := trainer.draw(draw, step):
+                    progress.show(step, picture)
         watchdog.progress()
     with progress.paused():    # the last step is told of
         return step

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from irg_jax.models.functional import Params
-from irg_jax.models.groups import GROUPS, group_of, is_below, keep, paths_of, pick
+from irg_jax.models.groups import GROUPS, group_of, is_below, keep, paths_of
 from irg_jax.models.lora import is_adapter
 from irg_jax.training.compact import make_packing, scale_by_compact_adam
 
@@ -99,26 +100,24 @@ def drop(params: Params, paths: Collection[str]) -> Params:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW. It takes all parameters, and gradients of those that train."""
+    """AdamW; the gradient is clipped before (`clip_factor`).
+
+    `init` takes all parameters and leaves out what does not train. `update` goes value by value: it may be
+    given any part of gradient, state and parameters.
+    """
     adamw = optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        optax.identity(),    # where clipping had its place: checkpoints name what follows by its number
         scale_by_compact_adam(config.b1, config.b2, config.eps, config.moments),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate(config, total_steps)))
-    return optax.GradientTransformation(
-        lambda params: adamw.init(select(params, config.frozen)),
-        lambda grads, state, params: adamw.update(grads, state, select(params, config.frozen)))
+    return optax.GradientTransformation(lambda params: adamw.init(select(params, config.frozen)), adamw.update)
 
 
-def update_ema(config: OptimizerConfig, ema: Any, params: Any) -> Any:
-    """decay * ema + (1 - decay) * params, in float32; frozen parameters as configured.
+def clip_factor(config: OptimizerConfig, norm: Float[Array, ""]) -> Float[Array, ""]:
+    """What a gradient is multiplied by, that its norm is at most `clip`."""
+    return jnp.where(norm < config.clip, 1.0, config.clip / norm)
 
-    Args: ema may lack parameters: what never trains is its own average.
-    """
-    mask, params = pick(trainable_mask(params, config.frozen), ema), pick(params, ema)
-    decay = config.ema_decay
-    def one(old, new, trains):
-        if trains:
-            return decay * old + (1 - decay) * new
-        return new if config.ema_copies_frozen else old
-    return jax.tree.map(one, ema, params, mask)
+
+def average(decay: float, ema: Any, params: Any) -> Any:
+    """decay * ema + (1 - decay) * params, in float32."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

@@ -1,20 +1,24 @@
 """Where everything that a training step touches lies on a mesh."""
 
 import dataclasses
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from data_pipelines.batch import PackedBatch, Rows
 from irg_jax.config import TrainConfig
 from irg_jax.kernels.attention import TILE
-from irg_jax.models.functional import Functional
-from irg_jax.parallel.sharding import BATCH_AXES, param_shardings, replicated
+from irg_jax.models.functional import Functional, Params
+from irg_jax.parallel.sharding import BATCH_AXES, HOST, param_shardings, replicated
 from irg_jax.training.optimizer import drop
-from irg_jax.training.step import TrainState
+from irg_jax.training.state import TrainState
+from irg_jax.training.update import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +31,50 @@ class Placement:
     scalar: Any
 
 
-def place(model: Functional, vae: Functional, optimizer, mesh, never: Collection[str] = ()) -> Placement:
-    """Parameters, moments and EMA, which lacks what never trains, share one layout; counters are replicated."""
+def place(model: Functional, vae: Functional, optimizer: optax.GradientTransformation,
+          mesh: Mesh | AbstractMesh, never: Collection[str] = (), on_host: Collection[str] = ()) -> Placement:
+    """Parameters, moments and EMA, which lacks what never trains, share one layout; counters are replicated.
+
+    Args: on_host names what lies in the host's memory, by the device that it is the share of.
+    """
     params = param_shardings(model.axes, model.shapes, mesh)
     scalar = replicated(mesh)
-    opt = shard_moments(jax.eval_shape(optimizer.init, model.shapes), params, scalar)
-    return Placement(TrainState(scalar, params, opt, drop(params, never)),
-                     param_shardings(vae.axes, vae.shapes, mesh), place_batch(mesh), scalar)
+    shapes = jax.eval_shape(optimizer.init, model.shapes)
+    opt, ema = shard_moments(shapes, params, scalar), drop(params, never)
+    if "moments" in on_host:
+        opt = jax.tree.map(lambda x, where: where.with_memory_kind(HOST) if x.ndim else where, shapes, opt)
+    if "ema" in on_host:
+        ema = jax.tree.map(lambda where: where.with_memory_kind(HOST), ema)
+    return Placement(TrainState(scalar, params, opt, ema), param_shardings(vae.axes, vae.shapes, mesh),
+                     place_batch(mesh), scalar)
+
+
+def bring_home(params: Params, shardings: Any, dtype: DTypeLike, *, stays: bool) -> Params:
+    """Parameters of all hosts onto devices of this one, leaf by leaf; {} unless `stays`.
+
+    All hosts call it together. Where there are several, each device holds a whole leaf for a moment.
+    """
+    def move(leaf: jax.Array, there: NamedSharding) -> jax.Array | None:
+        if jax.process_count() == 1:
+            return jax.device_put(leaf.astype(dtype), there)
+        whole = _gatherer(jnp.dtype(dtype), replicated(leaf.sharding.mesh))(leaf)
+        whole.block_until_ready()    # one at a time: they are large, and CPUs' collectives starve each other
+        return jax.device_put(whole.addressable_data(0), there) if stays else None
+    home = jax.tree.map(move, params, shardings)
+    return home if stays else {}
+
+
+@functools.cache
+def _gatherer(dtype: jnp.dtype, there: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda leaf: to_device(leaf).astype(dtype), out_shardings=there)
+
+
+def check_host_memory(on_host: Collection[str]) -> None:
+    """Raises ValueError if something is to lie in the host's memory and this machine's devices reach none."""
+    device = jax.local_devices()[0]
+    if on_host and HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise ValueError(f"on_host is {tuple(on_host)}; {device.device_kind} has no memory {HOST!r} but "
+                         f"{', '.join(kinds)}. Leave on_host out")
 
 
 def place_batch(mesh: jax.sharding.Mesh) -> PackedBatch:

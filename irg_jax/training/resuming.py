@@ -11,8 +11,8 @@ from irg_jax.config import TrainConfig
 
 CONFIG = "config.json"
 # These change no step but by rounding, or nothing at all. What data give is compared by `check_position`.
-FREE = ("data", "mesh", "topologies", "accumulate", "remat", "save_every", "keep", "log_every", "max_skipped",
-        "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
+FREE = ("data", "mesh", "on_host", "topologies", "accumulate", "remat", "save_every", "keep", "log_every",
+        "max_skipped", "hang_seconds", "peak_tflops", "profile_at", "profile_steps", "draw_every", "samples",
         "export", "wandb")
 FIXED = ("optimizer.moments", "lora.")    # what the names of such fields begin with
 

@@ -1,12 +1,11 @@
 """One training step: a pure function from state and global batch to new state and metrics."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from data_pipelines.batch import PackedBatch
 from irg_jax.models.functional import Functional, Params
@@ -21,28 +20,9 @@ from irg_jax.training.losses import (
     mean_losses,
     token_losses,
 )
-from irg_jax.training.optimizer import (
-    OptimizerConfig,
-    drop,
-    learning_rate,
-    make_optimizer,
-    select,
-    update_ema,
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a run carries from step to step; float32, but for `params` that never train.
-
-    `ema` and moments lack these.
-    """
-
-    step: jax.Array
-    params: Params
-    opt: optax.OptState
-    ema: Params
+from irg_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer, select
+from irg_jax.training.state import TrainState
+from irg_jax.training.update import make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +38,6 @@ class StepConfig:
     dtype: str = "float32"       # of matmuls; softmax, norms, losses and optimiser stay float32
     remat: str = "full"          # see `irg_jax.models.stack`
     groups: tuple[str, ...] = () # of records, whose losses are told apart
-
-
-def create_state(params: Params, optimizer: optax.GradientTransformation, never: Collection[str] = ()
-                 ) -> TrainState:
-    """Args: never are the dotted paths of parameters that never train."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params),
-                      jax.tree.map(jnp.copy, drop(params, never)))
 
 
 def make_loss(model: Functional, config: StepConfig) -> Callable:
@@ -107,17 +80,6 @@ def make_gradient(model: Functional, config: StepConfig) -> Callable:
     return gradient
 
 
-def make_update(config: StepConfig, optimizer: optax.GradientTransformation) -> Callable:
-    """(state, grads) -> (new state, size of the update over that of what it changes): optimiser, then EMA."""
-    def update(state: TrainState, grads: Params) -> tuple[TrainState, jax.Array]:
-        updates, opt = optimizer.update(grads, state.opt, state.params)
-        trained = select(state.params, config.optimizer.frozen)
-        params = replace(state.params, optax.apply_updates(trained, updates))
-        ratio = optax.tree.norm(updates) / jnp.maximum(optax.tree.norm(trained), jnp.finfo(jnp.float32).tiny)
-        return TrainState(state.step + 1, params, opt, update_ema(config.optimizer, state.ema, params)), ratio
-    return update
-
-
 def name_losses(losses: Losses, batch: PackedBatch, groups: tuple[str, ...]) -> dict[str, jax.Array]:
     """`ce`, `mse`, and those of every group, `ce/<group>`; NaN where a batch has no loss token of a group."""
     totals = count_totals(batch, len(groups))
@@ -146,7 +108,7 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
     they were (`finite`).
     """
     gradient = make_gradient(model, config)
-    update = make_update(config, make_optimizer(config.optimizer, config.total_steps))
+    update = make_update(model, config.optimizer, make_optimizer(config.optimizer, config.total_steps))
     rate = learning_rate(config.optimizer, config.total_steps)
 
     def step(state: TrainState, vae_params: Params, batch: PackedBatch) -> tuple[TrainState, dict[str, Any]]:
@@ -162,8 +124,6 @@ def make_step(model: Functional, vae: Functional, config: StepConfig) -> Callabl
         metrics = {"loss": loss, **name_losses(losses, batch, config.groups), "tokens": tokens,
                    "learning_rate": rate(state.step), **measure_gradient(grads)}
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        new, metrics["update_ratio"] = update(state, grads)
-        skipped = dataclasses.replace(state, step=state.step + 1)   # the next step has noise of its own
-        keep = lambda new, old: jnp.where(metrics["finite"], new, old)
-        return jax.tree.map(keep, new, skipped), metrics
+        new, metrics["update_ratio"] = update(state, grads, metrics["grad_norm"], metrics["finite"])
+        return new, metrics
     return step

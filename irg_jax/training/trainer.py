@@ -29,21 +29,22 @@ from irg_jax.checkpoints.model import Model, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional, Params
-from irg_jax.models.groups import keep, paths_of, replace
+from irg_jax.models.groups import keep, paths_of, pick, replace
 from irg_jax.models.irg import make_autoencoder
 from irg_jax.models.lora import is_adapter, merge
 from irg_jax.parallel.compiling import abstract
 from irg_jax.parallel.hosts import Hosts
-from irg_jax.parallel.sharding import make_mesh, replicated
+from irg_jax.parallel.sharding import local_mesh, make_mesh, param_shardings
 from irg_jax.training.abstract import hold
 from irg_jax.training.goodput import Ledger
 from irg_jax.training.metrics import LOG, EventLog
 from irg_jax.training.moments import check_moments
 from irg_jax.training.optimizer import OptimizerConfig, make_optimizer
-from irg_jax.training.placement import check_share, place, rows_here
+from irg_jax.training.placement import bring_home, check_host_memory, check_share, place, rows_here
 from irg_jax.training.profiling import seconds_at_peak
 from irg_jax.training.resuming import check_changes
-from irg_jax.training.step import TrainState, create_state, make_step
+from irg_jax.training.state import TrainState, create_state
+from irg_jax.training.step import make_step
 
 
 def find_source(config: TrainConfig, workdir: pathlib.Path) -> str | pathlib.Path:
@@ -94,6 +95,7 @@ class Trainer:
         self.vae = Functional(lambda rngs: make_autoencoder(source.config, rngs=rngs))
         self.mesh = make_mesh(config.mesh)
         check_share(config, self.mesh)
+        check_host_memory(config.on_host)
         self._lay_out(config.at(self.start).optimizer)
         self.rows = rows_here(self.placement.batch.image_height, config.data.packs_per_step)
         self.data = make_iterator(config.data, source.tokenizer, start=self.start, rows=self.rows,
@@ -141,7 +143,8 @@ class Trainer:
 
     def _lay_out(self, config: OptimizerConfig) -> None:
         self._optimizer = make_optimizer(config, self.config.total_steps)
-        self.placement = place(self.model, self.vae, self._optimizer, self.mesh, self.not_averaged)
+        self.placement = place(self.model, self.vae, self._optimizer, self.mesh, self.not_averaged,
+                               self.config.on_host)
 
     def _load(self) -> Params:
         """The weights that a stage starts from, and adapters that change nothing yet."""
@@ -179,8 +182,10 @@ class Trainer:
         items = self.bundles.restore(self.start, state=as_item(held), ema=held.ema)
         begins = [path in self.not_averaged and path not in self.never for path in paths_of(self.model.shapes)]
         self.not_averaged = tuple(path for path in self.not_averaged if path in self.never)
-        ema = replace(items["ema"], jax.tree.map(jnp.copy, keep(items["state"]["params"], begins)))
-        return TrainState(**items["state"], ema=ema)
+        begun = jax.tree.map(jnp.copy, keep(items["state"]["params"], begins))
+        self._lay_out(self.config.optimizer)
+        begun = jax.device_put(begun, pick(self.placement.state.ema, begun))
+        return TrainState(**items["state"], ema=replace(items["ema"], begun))
 
     def save(self, step: int) -> None:
         """Raises: SaveError if this save or an earlier one failed, as on a full disk."""
@@ -218,15 +223,18 @@ class Trainer:
             return None
         return seconds_at_peak(self.config, self.source.config, self.data.packs)
 
-    def draw(self, draw: Callable[[Model, int], Image.Image], step: int) -> Image.Image:
-        """Lets `draw` have the EMA as a model, on this process's first device."""
-        first = jax.sharding.Mesh([[[[jax.local_devices()[0]]]]], self.mesh.axis_names)
-        there = replicated(first)
-        dtype = jnp.dtype(self.config.dtype)
+    def draw(self, draw: Callable[[Model, int], Image.Image], step: int) -> Image.Image | None:
+        """Lets `draw` have the EMA as a model, on devices of the first host; on others nothing is drawn."""
         whole = merge(replace(self.state.params, self.state.ema), self.config.lora)
-        with self.ledger.spend("drawing"), jax.set_mesh(first):
-            ema = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), there), whole)
-            return draw(dataclasses.replace(self.source, params=ema), step)
+        mesh, picture = local_mesh(self.source.config.llm.num_key_value_heads), None
+        there = param_shardings(pick(self.model.axes, whole), whole, mesh)
+        with self.ledger.spend("drawing"):
+            ema = bring_home(whole, there, self.config.dtype, stays=self.hosts.is_first)
+            if self.hosts.is_first:
+                with jax.set_mesh(mesh):
+                    picture = draw(dataclasses.replace(self.source, params=ema), step)
+            self.hosts.await_first()
+        return picture
 
     def put(self, batch: PackedBatch) -> PackedBatch:
         """This process's packs -> global arrays."""
