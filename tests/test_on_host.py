@@ -55,8 +55,7 @@ def update_on(on_host, finite: bool, copies: bool = True):
     return state, new, ratio
 
 
-@pytest.mark.parametrize("on_host", [BOTH, ("moments",), ("ema",)])
-@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("on_host, copies", [(BOTH, True), (("moments",), True), (("ema",), False)])
 def test_an_update_layer_by_layer_is_that_of_the_whole(on_host, copies):
     _, whole, ratio = update_on((), True, copies)
     _, found, other = update_on(on_host, True, copies)
