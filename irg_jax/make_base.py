@@ -152,12 +152,12 @@ def main(values) -> None:
         compute_moments(data, load_model(draw.init_from), pathlib.Path(data.moments), dtype=draw.dtype,
                         batch_size=64)
     for stage in stages:
-        if train(stage, workdir) < stage.total_steps:
+        if train(stage, workdir, accepted=values.accept_changes) < stage.total_steps:
             return
         if stage is draw:
             give_eyes(config, workdir / draw.stage, workdir)
     draw_own(config, workdir / stages[-1].stage, workdir)
-    if train(last, workdir) < last.total_steps:
+    if train(last, workdir, accepted=values.accept_changes) < last.total_steps:
         return
     export_folder(load_model(workdir / last.stage), values.out, dtype="bfloat16")
     print(f"wrote {values.out}")
@@ -167,5 +167,6 @@ if __name__ == "__main__":
     command.define_config("The recipe, configs/shapes_base.py.")
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("out", None, "Folder of the finished checkpoint, in the released layout.")
+    flags.DEFINE_list("accept_changes", [], "Fields of stages that may have changed since the run was begun.")
     flags.mark_flags_as_required(["config", "workdir", "out"])
     command.run(main)

@@ -1,11 +1,13 @@
 """What planned packs hold, against the visibility rule itself, and the work in them against a traced step."""
 
 import dataclasses
+import functools
 import math
 
 import jax
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from benchmarks.train_step import official_flops
 from checkpoint_cases import CONFIG
@@ -15,12 +17,16 @@ from data_pipelines.planning import Planner
 from data_pipelines.simulation import simulate
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import LLMConfig
+from irg_jax.models.groups import group_of, paths_of
+from irg_jax.models.lora import LoraConfig, is_adapter
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.training.abstract import trace_encoder, trace_step
+from irg_jax.training.optimizer import OptimizerConfig
 from irg_jax.training.planned import (
     Planned,
     count_pairs,
+    count_passes,
     count_tiles,
     lay_out,
     model_flops,
@@ -89,27 +95,59 @@ def test_plans_are_full_and_sparse(config):
     assert planned.visible_ratio == pytest.approx(planned.pairs / 2816**2, rel=1e-6)
 
 
-def test_model_flops_are_the_traced_step_without_what_is_done_twice():
-    """Slots all used and dense, no remat: only the scores are computed again, 2 of 14 operations a pair."""
-    text, vit, latent, packs = 64, 36, 25, 2
-    data = {"groups": {"initial_full": {}}, "source": "", "packs_per_step": packs, "text_tokens": text,
-            "vit_tokens": vit, "latent_tokens": latent, "images": 1, "latent_patch": 4, "vit_patch": 4,
+TEXT, VIT, LATENT, PACKS = 64, 36, 25, 2
+SLOTS = TEXT + VIT + LATENT
+
+
+@pytest.fixture(scope="module")
+def trace():
+    """(operations of a traced step with fields of a config, ours without and with it known what trains)."""
+    @functools.cache
+    def run(frozen=(), adapted=()):
+        config, planned = small_step(), Planned(TEXT, VIT, LATENT, 1.0, SLOTS**2, VIT**2, 1.0, 1.0)
+        config = dataclasses.replace(config, lora=LoraConfig(adapted, rank=1),
+                                     optimizer=OptimizerConfig(frozen=frozen))
+        mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+        step = trace_step(config, CONFIG, mesh).traced.jaxpr
+        live, _ = partial_eval.dce_jaxpr(step.jaxpr, [True] * len(step.jaxpr.outvars))    # as XLA leaves out
+        traced = count_flops(step.replace(jaxpr=live), platform="cpu")
+        image = count_flops(trace_encoder(config, CONFIG).jaxpr, platform="cpu")
+        return traced, PACKS * model_flops(planned, CONFIG, image.total, count_passes(config)), image
+    return run
+
+
+@pytest.mark.parametrize("frozen, adapted", [
+    (("und",), ()), (("vit",), ()), (("gen", "embeddings"), ()), (("vit", "connector"), ()),
+    ((), ("und", "gen")), ((), ("vit",)), (("vit", "connector", "embeddings"), ("und", "gen"))])
+def test_what_does_not_train_is_less_work(trace, frozen, adapted):
+    """As much less as a traced step has, once what nobody reads is left out of it."""
+    (full, ours, _), (less, thin, _) = trace(), trace(frozen, adapted)
+    shapes = dataclasses.replace(small_step(), lora=LoraConfig(adapted, rank=1)).network(CONFIG).shapes
+    tokens = {"und": TEXT + VIT, "gen": LATENT, "vit": VIT}
+    # Ours leaves them out, for in a large network they are nothing.
+    adapters = sum(6 * PACKS * tokens[group_of(path)] * math.prod(leaf.shape)
+                   for path, leaf in zip(paths_of(shapes), jax.tree.leaves(shapes)) if is_adapter(path))
+    assert full.total - less.total + adapters == pytest.approx(ours - thin, rel=0.1)
+
+
+def small_step():
+    data = {"groups": {"initial_full": {}}, "source": "", "packs_per_step": PACKS, "text_tokens": TEXT,
+            "vit_tokens": VIT, "latent_tokens": LATENT, "images": 1, "latent_patch": 4, "vit_patch": 4,
             "max_latent_size": 5, "vit_max_side": 6,
             "vae_transform": {"stride": 4, "max_size": 20, "min_size": 4},
             "vit_transform": {"stride": 4, "max_size": 24, "min_size": 4}}
-    config = from_config_dict(TrainConfig, {"stage": "s", "init_from": "", "total_steps": 1, "data": data,
-                                            "remat": "none", "mesh": {"data": 1, "fsdp": 1}})
-    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    traced = count_flops(trace_step(config, CONFIG, mesh).traced.jaxpr, platform="cpu")
-    image = count_flops(trace_encoder(config, CONFIG).jaxpr, platform="cpu")
-    slots = text + vit + latent
-    planned = Planned(text, vit, latent, 1.0, slots**2, vit**2, 1.0, 1.0)
-    ours = packs * model_flops(planned, CONFIG, image.total)
+    return from_config_dict(TrainConfig, {"stage": "s", "init_from": "", "total_steps": 1, "data": data,
+                                          "remat": "none", "mesh": {"data": 1, "fsdp": 1}})
+
+
+def test_model_flops_are_the_traced_step_without_what_is_done_twice(trace):
+    """Slots all used and dense, no remat: only the scores are computed again, 2 of 14 operations a pair."""
+    traced, ours, image = trace()
     llm, encoder = CONFIG.llm, CONFIG.vit
-    again = 2.0 * packs * (llm.num_hidden_layers * llm.hidden_size * slots**2
-                           + CONFIG.num_vit_layers * encoder.hidden_size * vit**2)
+    again = 2.0 * PACKS * (llm.num_hidden_layers * llm.hidden_size * SLOTS**2
+                           + CONFIG.num_vit_layers * encoder.hidden_size * VIT**2)
     heads = traced.total - again - ours   # logits computed again, and the small linears of the latent stream
-    assert math.isclose(traced.conv, packs * image.conv, rel_tol=1e-6)
+    assert math.isclose(traced.conv, PACKS * image.conv, rel_tol=1e-6)
     assert 0 < heads < 0.25 * ours
 
 

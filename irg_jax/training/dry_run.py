@@ -27,7 +27,7 @@ from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import lay_out, trace_encoder
 from irg_jax.training.optimizer import select
 from irg_jax.training.placement import check_share
-from irg_jax.training.planned import Planned, model_flops, plan_packs
+from irg_jax.training.planned import Planned, count_passes, model_flops, plan_packs
 
 _PLANNED = 64   # packs that are planned, and of whose work and records the mean is taken
 
@@ -155,7 +155,7 @@ def describe_time(config: TrainConfig, model: ModelConfig, planned: Planned, wor
     """Hours, from steps that were measured in this workdir, else from the chips' peak."""
     data = config.data
     image = count_flops(trace_encoder(config, model).jaxpr).total * planned.latent / data.canvas**2
-    work = data.packs_per_step * model_flops(planned, model, image)
+    work = data.packs_per_step * model_flops(planned, model, image, count_passes(config))
     yield f"work: {operations(work)} a step, {operations(work * config.total_steps)} for the stage"
     steps = f"{config.total_steps:,} steps"
     if measured := measured_seconds(workdir / config.stage if workdir else None):

@@ -14,7 +14,7 @@ from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import Step, lay_out, trace_encoder
 from irg_jax.training.optimizer import select
-from irg_jax.training.planned import Planned, model_flops
+from irg_jax.training.planned import Planned, count_passes, model_flops
 from irg_jax.training.state import TrainState
 
 
@@ -23,7 +23,7 @@ def describe(config: TrainConfig, model: ModelConfig, topology: Topology, mesh: 
     """Everything that `irg_jax.precompile` prints; GiB and seconds are a chip's, operations all chips'."""
     data = config.data
     image = count_flops(trace_encoder(config, model).jaxpr).total * planned.latent / data.canvas**2
-    useful = data.packs_per_step * model_flops(planned, model, image)
+    useful = data.packs_per_step * model_flops(planned, model, image, count_passes(config))
     executed = count_flops(step.traced.jaxpr, visited_ratio=planned.visited_ratio)
     result = {
         "program": "train", "topology": topology.name, "chips": topology.num_chips, "mesh": dict(mesh.shape),

@@ -6,6 +6,7 @@ uses.
 
 import dataclasses
 import types
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from data_pipelines.planning import Pack, Planner
 from data_pipelines.records import Kind
 from data_pipelines.samples import Gap, Item, Text, VAEImage, ViTImage, draw
 from data_pipelines.simulation import simulate
+from irg_jax.config import TrainConfig
 from irg_jax.kernels.tiles import map_tiles, pad_rows
 from irg_jax.models.config import ModelConfig
+from irg_jax.models.groups import GROUPS
 from irg_jax.models.joint import look_together
 from irg_jax.models.vision import own_images
 
@@ -116,23 +119,42 @@ def count_tiles(rows: Rows, tile: int) -> int:
     return int(map_tiles(rows, rows, tile)[0].sum())
 
 
-def model_flops(planned: Planned, model: ModelConfig, image_flops: float) -> float:
+def count_passes(config: TrainConfig) -> dict[str, int]:
+    """Passes over the weights of each group: forward, to the gradient of its input, to that of its weights.
+
+    Whole kernels that do not train need no third; the vision encoder needs no second if nothing of it trains.
+    Adapters are so small that they are left out.
+    """
+    learns = [group for group in GROUPS if group not in config.optimizer.frozen]
+    thin = config.lora.groups
+    passes = {group: 2 + (group in learns and group not in thin) for group in GROUPS}
+    if "vit" not in learns:
+        passes["vit"] -= 1
+        passes["connector"] -= 1
+    return passes
+
+
+def model_flops(planned: Planned, model: ModelConfig, image_flops: float,
+                passes: Mapping[str, int] | None = None) -> float:
     """Operations of a pack's tokens and pairs, forward and backward, nothing twice, padding left out.
 
-    6 a weight and token, 12 a pair and width of the heads; the vocabulary is counted for text tokens, and the
-    encoder of images, which is not differentiated, by `image_flops` (of the pack).
+    2 a weight, token and pass, all three if `passes` are not given, and 12 a pair and width of the heads; the
+    vocabulary is counted for text tokens, and the encoder of images, which is not differentiated, by
+    `image_flops` (of the pack).
     """
+    passes = passes or dict.fromkeys(GROUPS, 3)
     llm, vit = model.llm, model.vit
     attention = 2 * llm.head_dim * (llm.num_attention_heads + llm.num_key_value_heads)
     expert = llm.num_hidden_layers * llm.hidden_size * (attention + 3 * llm.intermediate_size)
     encoder = model.num_vit_layers * vit.hidden_size * (4 * vit.hidden_size + 2 * vit.intermediate_size)
     encoder += vit.hidden_size * vit.patch_size**2 * vit.num_channels
     connector = llm.hidden_size * (vit.hidden_size + llm.hidden_size)
-    weights = (expert * (planned.text + planned.vit + planned.latent) + (encoder + connector) * planned.vit
-               + llm.hidden_size * llm.vocab_size * planned.text)
-    pairs = (llm.num_hidden_layers * llm.num_attention_heads * llm.head_dim * planned.pairs
-             + model.num_vit_layers * vit.hidden_size * planned.vit_pairs)
-    return 6.0 * weights + 12.0 * pairs + image_flops
+    weights = {"und": expert * (planned.text + planned.vit), "gen": expert * planned.latent,
+               "vit": encoder * planned.vit, "connector": connector * planned.vit,
+               "embeddings": llm.hidden_size * llm.vocab_size * planned.text}
+    pairs = 3 * llm.num_hidden_layers * llm.num_attention_heads * llm.head_dim * planned.pairs
+    pairs += (3 if passes["vit"] > 1 else 1) * model.num_vit_layers * vit.hidden_size * planned.vit_pairs
+    return sum(2.0 * passes[group] * count for group, count in weights.items()) + 4.0 * pairs + image_flops
 
 
 def _mean(packs: list[Planned]) -> Planned:

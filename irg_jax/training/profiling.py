@@ -10,7 +10,7 @@ from irg_jax.models.config import ModelConfig
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.topologies import peak_flops
 from irg_jax.training.abstract import trace_encoder
-from irg_jax.training.planned import model_flops, plan_packs
+from irg_jax.training.planned import count_passes, model_flops, plan_packs
 
 _PLANNED = 16   # packs whose work is the mean
 
@@ -48,4 +48,5 @@ def seconds_at_peak(config: TrainConfig, model: ModelConfig, packs: Packs) -> fl
     planned = plan_packs(data, tables=packs.tables, packs=_PLANNED)
     images = 0.0 if data.moments else (
         count_flops(trace_encoder(config, model).jaxpr).total * planned.latent / data.canvas**2)
-    return data.packs_per_step * model_flops(planned, model, images) / (peak * jax.device_count())
+    work = data.packs_per_step * model_flops(planned, model, images, count_passes(config))
+    return work / (peak * jax.device_count())
