@@ -123,6 +123,7 @@ def test_fewer_devices_with_accumulation_train_alike(stage, alone, tmp_path):
     assert_same(alone, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_slices_train_alike_and_another_topology_resumes(stage, alone, tmp_path):
     done = launch(stage, tmp_path, 2, 2, *mesh(data=2, tensor=2), script=SLICES)
     assert all(code == 0 for code, _ in done), done

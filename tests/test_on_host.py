@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding
+from PIL import Image
 
 from irg_jax.config import Phase
 from irg_jax.models.config import LLMConfig
@@ -31,8 +32,8 @@ from test_training import MODEL, NETWORK, VAE
 BOTH = ("moments", "ema")
 FIELDS = {"total_steps": 4, "save_every": 1, "keep": 10, "mesh": MeshConfig(fsdp=4, context=2),
           # A key bias has no true gradient; a large eps keeps Adam from blowing its rounding noise up.
-          "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, ema_decay=0.9, eps=1e-4),
-          "phases": (Phase("eyes and words stay", 2, frozen=("vit", "embeddings")),)}
+          "optimizer": OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, ema_decay=0.9, eps=1e-4)}
+PHASES = (Phase("eyes and words stay", 2, frozen=("vit", "embeddings")), Phase("all again", 3))
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, frozen=("vit", "embed"), ema_decay=0.9)
 
 
@@ -104,8 +105,24 @@ def plain(base):  # noqa: F811
     return base / "run" / "plain"
 
 
+class Drawn:
+    """Keeps what it is given to draw with."""
+
+    def check(self, model):
+        pass
+
+    def __call__(self, model, step):
+        self.params = jax.tree.map(np.asarray, model.params)
+        return Image.new("RGB", (8, 8))
+
+
 @pytest.fixture(scope="module")
-def run(base):  # noqa: F811
+def drawn():
+    return Drawn()
+
+
+@pytest.fixture(scope="module")
+def run(base, drawn):  # noqa: F811
     """After every step arrays are asked where they lie."""
     seen, advance = [], Trainer.advance
     def look(self, batch):
@@ -116,7 +133,7 @@ def run(base):  # noqa: F811
         return found
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "advance", look)
-        assert train(config(base, stage="host", on_host=BOTH, **FIELDS), base / "run") == 4
+        assert train(config(base, stage="host", on_host=BOTH, **FIELDS), base / "run", draw=drawn) == 4
     assert seen == [[{HOST}, {HOST}, {"device"}]] * 4
     return base / "run" / "host"
 
@@ -128,6 +145,10 @@ def test_a_run_is_the_one_without(run, plain):
         one, other = restored(run, step), restored(plain, step)
         for item in ("ema", "state"):
             jax.tree.map(close, one[item], other[item])
+
+
+def test_the_average_is_drawn_with(run, drawn):
+    jax.tree.map(np.testing.assert_array_equal, drawn.params, restored(run, 4)["ema"])
 
 
 def test_it_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
@@ -142,13 +163,15 @@ def test_it_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_a_run_may_go_on_without_it_and_with_it(plain, base, monkeypatch):  # noqa: F811
+def test_a_run_may_go_on_without_it_and_with_it(base, monkeypatch):  # noqa: F811
     signal_after(1, monkeypatch)
-    assert train(config(base, stage="plain", on_host=("ema",), **FIELDS), base / "moved") < 4
+    fields = FIELDS | {"stage": "plain", "phases": PHASES}
+    assert train(config(base, on_host=("ema",), **fields), base / "moved") < 4
     monkeypatch.undo()
-    assert train(config(base, stage="plain", on_host=("moments",), **FIELDS), base / "moved") == 4
-    np.testing.assert_allclose(list(metrics(base / "moved" / "plain").values()), list(metrics(plain).values()),
-                               rtol=1e-5)
+    assert train(config(base, on_host=("moments",), **fields), base / "moved") == 4
+    assert train(config(base, **fields), base / "near") == 4
+    np.testing.assert_allclose(list(metrics(base / "moved" / "plain").values()),
+                               list(metrics(base / "near" / "plain").values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -146,6 +146,7 @@ def test_a_program_that_is_refused_is_reported_all_the_same(libtpu):
     assert found["peak_hbm_gib"] == pytest.approx(found["state_gib"] + found["temp_gib"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_drawing_fits_one_v6e_chip(libtpu):
     found = report("--topology", "v6e:1x1", "--program", "generate", "--mesh", "fsdp=1")
     assert found["chips"] == found["images"] == 1 and found["fits"] and not found["collective_gib"]

@@ -87,7 +87,8 @@ def test_a_step_that_is_not_finite_leaves_all_but_its_number(bad):
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2),
-                                  MeshConfig(fsdp=2, context=2), MeshConfig(fsdp=1, context=4)])
+                                  MeshConfig(fsdp=2, context=2),
+                                  pytest.param(MeshConfig(fsdp=1, context=4), marks=pytest.mark.slow)])
 def test_any_mesh_gives_the_same_steps(single, mesh):
     losses, state = run(mesh, 4, CONFIG)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)

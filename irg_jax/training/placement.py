@@ -18,7 +18,6 @@ from irg_jax.models.functional import Functional, Params
 from irg_jax.parallel.sharding import BATCH_AXES, HOST, param_shardings, replicated
 from irg_jax.training.optimizer import drop
 from irg_jax.training.state import TrainState
-from irg_jax.training.update import to_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +54,8 @@ def bring_home(params: Params, shardings: Any, dtype: DTypeLike, *, stays: bool)
     All hosts call it together. Where there are several, each device holds a whole leaf for a moment.
     """
     def move(leaf: jax.Array, there: NamedSharding) -> jax.Array | None:
+        # From the host's memory first: at once with a change of devices JAX mistakes where a buffer lies.
+        leaf = jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
         if jax.process_count() == 1:
             return jax.device_put(leaf.astype(dtype), there)
         whole = _gatherer(jnp.dtype(dtype), replicated(leaf.sharding.mesh))(leaf)
@@ -66,7 +67,7 @@ def bring_home(params: Params, shardings: Any, dtype: DTypeLike, *, stays: bool)
 
 @functools.cache
 def _gatherer(dtype: jnp.dtype, there: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda leaf: to_device(leaf).astype(dtype), out_shardings=there)
+    return jax.jit(lambda leaf: leaf.astype(dtype), out_shardings=there)
 
 
 def check_host_memory(on_host: Collection[str]) -> None:
