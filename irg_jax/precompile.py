@@ -6,8 +6,8 @@
 Nothing is allocated and no weights are needed; libtpu must be installed (pip install '.[tpu]'). Mesh and packs
 are those of the config's table `topologies`, or the config's own for a slice that it lacks, and can be
 overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints what a chip carries with each option that saves memory
-(`moments`, `lora`, `frozen_dtype`), and one JSON object last; ends with status 1 if the step
-does not fit.
+(`moments`, `on_host`, `lora`, `frozen_dtype`), and one JSON object last; ends with status 1 if the compiler
+refuses the program for want of memory.
 """
 
 import dataclasses

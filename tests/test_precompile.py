@@ -61,6 +61,7 @@ def result(**changes):
 
 @pytest.mark.parametrize("changes, words", [
     ({"fits": False, "peak_hbm_gib": 100.0, "state_gib": 80.0}, ["lacks 4.3 GiB", "more ways"]),
+    ({"peak_hbm_gib": 100.0, "planned_hbm_gib": 90.0}, ["plan has 90.0 GiB"]),
     ({"fits": False, "peak_hbm_gib": 100.0, "mesh": {"data": 1, "fsdp": 2}}, ["lacks", "accumulate 4"]),
     ({"fits": False, "peak_hbm_gib": 100.0}, ["lacks", "smaller budgets"]),
     ({"replication": 8.0}, ["8.00 times over"]),

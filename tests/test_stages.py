@@ -68,9 +68,9 @@ def test_both_stages_are_trained_drawn_and_exported(run):
 
 
 def test_two_hosts_draw_and_export_the_same(job, run, base):  # noqa: F811
-    """The first draws alone, on its own two devices, while the other waits."""
+    """The first draws alone, on its own two devices; moments and EMA lie in the hosts' memory."""
     done = launch(job, base / "hosts", 2, 2, f"--config.data.source={base / 'data'}", "--config.mesh.fsdp=2",
-                  "--config.mesh.tensor=2")
+                  "--config.mesh.tensor=2", "--config.on_host=('moments','ema')")
     assert all(code == 0 for code, _ in done), done
     assert sum(output.count("exported") for _, output in done) == 2 and "exported" in done[0][1]
     for stage, step in (("first", 3), ("second", 2)):

@@ -35,8 +35,8 @@ class Report:
     fits: bool                 # in the compiler's judgement
     arguments: int             # what a step is given; results are mostly written in their place
     temporaries: int
-    peak: int                  # arguments, new results and temporaries, as if none had another's place
-    planned: int               # the same as the compiler has laid them out, by which it judges
+    peak: int                  # arguments, new results and temporaries, by XLA's account of the program
+    planned: int               # what the compiler has laid out, by which it takes or refuses it
     largest: tuple[str, ...]   # of the temporaries: size and shapes, the largest first
     collectives: tuple[Collective, ...]
     work: Work
