@@ -99,8 +99,9 @@ def advise(result: dict[str, Any]) -> list[str]:
             lines.append("a chip carries one pack already: smaller budgets (data.text_tokens, vit_tokens, "
                          "latent_tokens), mesh.tensor up to 4, or chips with more memory")
     elif result["peak_hbm_gib"] > result["hbm_gib"]:
-        lines.append(f"the compiler takes it, for its plan has {result['planned_hbm_gib']:.1f} GiB; XLA's account "
-                     f"is {result['peak_hbm_gib']:.1f} of {result['hbm_gib']:.1f}: try it before you count on it")
+        lines.append(f"the compiler takes it, for its plan has {result['planned_hbm_gib']:.1f} GiB; by XLA's "
+                     f"account it is {result['peak_hbm_gib']:.1f} of {result['hbm_gib']:.1f}: try it before you "
+                     "count on it")
     if result["replication"] > 1.1:
         lines.append(f"chips do the same work {result['replication']:.2f} times over"
                      + (": mesh.context and mesh.tensor split only what the model splits over them"
