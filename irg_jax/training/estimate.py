@@ -100,7 +100,7 @@ def advise(result: dict[str, Any]) -> list[str]:
                          "latent_tokens), mesh.tensor up to 4, or chips with more memory")
     elif result["peak_hbm_gib"] > result["hbm_gib"]:
         lines.append(f"the compiler takes it, for its plan has {result['planned_hbm_gib']:.1f} GiB; by XLA's "
-                     f"account it is {result['peak_hbm_gib']:.1f} of {result['hbm_gib']:.1f}: try it before you "
+                     f"account it is {result['peak_hbm_gib']:.1f} of {result['hbm_gib']:.1f}: try before you "
                      "count on it")
     if result["replication"] > 1.1:
         lines.append(f"chips do the same work {result['replication']:.2f} times over"
