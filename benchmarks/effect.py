@@ -39,6 +39,7 @@ from irg_jax.evaluation.statistics import (  # noqa: E402
 )
 from irg_jax.sampling.config import SamplingConfig  # noqa: E402
 from irg_jax.sampling.opening import in_batches, load_generator  # noqa: E402
+from irg_jax.sampling.trajectory import fork  # noqa: E402
 
 TURNS = 4
 GROUPS = 4       # of prompts, by the length of the second thought
@@ -135,7 +136,7 @@ def measure_sight(flags: argparse.Namespace) -> dict[str, Any]:
         state = generator.begin([prompts[i].prompt for i in padded], seeds=padded)
         _, state = generator.think(state, [thoughts[i] for i in padded])
         for step, verdicts in enumerate(right.values()):
-            after = generator.look(state, [pictures[(i + step) % len(prompts)] for i in padded])
+            after = generator.look(fork(state), [pictures[(i + step) % len(prompts)] for i in padded])
             _, after = generator.think(after)
             images = generator.draw(after)
             verdicts += [score(prompts[i].request, image).correct for i, image in zip(batch, images)]

@@ -47,6 +47,6 @@ def get_config(size: str = "full") -> ml_collections.ConfigDict:
         "posterior": "sample",
         "dtype": "float32",
         "batch_size": 50,     # prompts drawn at once
-        "text_multiple": 16,
-        "cache_multiple": 64,
+        "text_multiple": 32,      # larger ones compile less and read more
+        "cache_multiple": 128,
     })

@@ -4,6 +4,8 @@ Image arrays are uint8 [H, W, 3]; the normalisation (x / 255 - 0.5) / 0.5 happen
 """
 
 import io
+import os
+import pathlib
 import struct
 import warnings
 
@@ -113,6 +115,15 @@ def decode_image(data: bytes, *, where: str, max_pixels: int) -> np.ndarray:
             return _to_rgb(upright)
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
             raise ValueError(f"{where}: the image does not decode ({error})") from error
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """The image of a file, as `decode_image` makes it. Raises: ValueError naming the file."""
+    try:
+        data = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: the image cannot be read ({error})") from error
+    return decode_image(data, where=str(path), max_pixels=MAX_PIXELS)
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.shapes import HeldOut, digest_prompts, make_result, read_prompts
+from irg_jax.parallel.sharding import make_mesh, parse_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Turn
@@ -43,7 +45,9 @@ def draw_trained(generator: Generator, prompts: list[str], seeds: list[int], num
                  ) -> dict[str, list[Turn]]:
     """All turns of the trained model."""
     drawn = generator.trajectories(prompts, seeds=seeds, num_turns=num_turns)
-    return {f"turn{number + 1}": [turns[number] for turns in drawn] for number in range(num_turns)}
+    # One that ended early stays with its last image.
+    return {f"turn{number + 1}": [turns[min(number, len(turns) - 1)] for turns in drawn]
+            for number in range(num_turns)}
 
 
 def list_models(num_turns: int) -> dict[str, tuple[tuple[str, ...], Callable]]:
@@ -54,7 +58,8 @@ def list_models(num_turns: int) -> dict[str, tuple[tuple[str, ...], Callable]]:
 
 
 def evaluate(prompts: Sequence[HeldOut], *, config: SamplingConfig, checkpoints: dict[str, str],
-             recorder: Recorder, seed: int, batch_size: int, num_turns: int = 2) -> None:
+             recorder: Recorder, seed: int, batch_size: int, num_turns: int = 2,
+             mesh: Mesh | None = None) -> None:
     """Draws and scores what `recorder` lacks; `checkpoints` are paths by the names of `list_models`.
 
     Raises: ValueError if a prompt holds a control token, or weights changed since the evaluation
@@ -66,12 +71,12 @@ def evaluate(prompts: Sequence[HeldOut], *, config: SamplingConfig, checkpoints:
                     disable=None)
     for name, (systems, draw) in models.items():
         generator, weights = load_generator(
-            checkpoints[name], config,
+            checkpoints[name], config, mesh=mesh,
             prompts={f"prompt {prompt.id}": prompt.prompt for prompt in prompts})
         recorder.identify(name, weights)
         missing = [prompt for prompt in prompts
                    if not all((prompt.id, system) in recorder.done for system in systems)]
-        for batch, padded in in_batches(missing, batch_size):
+        for batch, padded in in_batches(missing, generator.fit_batch(batch_size)):
             drawn = draw(generator, [prompt.prompt for prompt in padded],
                          [_seed(seed, prompt.id) for prompt in padded])
             for system in systems:
@@ -103,7 +108,7 @@ def main(values: Any) -> None:
                                      "prompts": digest_prompts(prompts)})
     is_new = not recorder.is_complete
     evaluate(prompts, config=config, recorder=recorder, seed=values.seed, batch_size=batch_size,
-             num_turns=values.turns,
+             num_turns=values.turns, mesh=make_mesh(parse_mesh(values.mesh)) if values.mesh else None,
              checkpoints={"base": values.base, "trained": values.checkpoint})
     if is_new:
         versions = {"python": platform.python_version(), "jax": jax.__version__,
@@ -127,5 +132,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("turns", 2, "Turns of the trained model.", lower_bound=2, upper_bound=9)
     flags.DEFINE_integer("batch", None, "Prompts drawn at once; by default the config's.",
                          lower_bound=1)
+    flags.DEFINE_string("mesh", "", "Devices to draw on, like data=4,tensor=2; by default the first alone.")
     flags.mark_flags_as_required(["config", "base", "checkpoint", "prompts", "out"])
     command.run(main)

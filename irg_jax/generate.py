@@ -9,13 +9,25 @@ OUT/0000/prompt.json                            prompt, seed, checkpoint and set
 
 One folder a prompt, which takes its name when it is whole: after an interruption the same command
 draws only what is missing. `--config.text.temperature=0.5` overrides a field.
+
+    --prompts FILE --batch 8 --mesh data=4,tensor=2
+
+draws those of a file, eight at once, on eight devices: `tensor` splits the network (1, 2 or 4 ways), `data` and
+`fsdp` deal the prompts, and `context` deals what guidance compares. A line of a .jsonl file is
+
+    {"prompt": "two stars", "seed": 3, "texts": [null, "draw them again, in red"], "image": "mine.png"}
+
+where all but the prompt may be missing: `texts` take the place of think texts of the model, `image` that of the
+first picture.
 """
 
+import hashlib
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from PIL import Image
@@ -23,45 +35,81 @@ from tqdm import tqdm
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
+from data_pipelines.images import read_image
 from irg_jax.evaluation.drawing import compose_trajectory
+from irg_jax.parallel.sharding import make_mesh, parse_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
-from irg_jax.sampling.trajectory import Generator, Turn
+from irg_jax.sampling.trajectory import Generator, Given, Turn
 
 REQUEST = "prompt.json"
+SEEDS = 2**32
 SHOWN_SIDE = 256         # small images are enlarged to about this in the composed picture
 
 
-def generate(prompts: Sequence[str], *, generator: Generator, seed: int, num_turns: int,
-             batch_size: int, checkpoint: dict[str, str], out: str | pathlib.Path) -> int:
-    """Draws every prompt that has no folder in `out` yet; returns how many that were.
+class Pace(NamedTuple):
+    """How many prompts were drawn, and how fast: the first batch compiles what all batches run."""
 
-    All prompts have the same seed, so what is drawn for one depends on no other.
+    drawn: int
+    first_seconds: float | None = None    # until the first result
+    seconds: float | None = None          # a prompt from then on, if there were more batches
+
+    def __str__(self) -> str:
+        if self.first_seconds is None:
+            return ""
+        later = "" if self.seconds is None else f", then one every {self.seconds:.3g} s"
+        return f"; the first after {self.first_seconds:.3g} s{later}"
+
+
+class Order(NamedTuple):
+    """What is to be drawn; without a seed the command's counts."""
+
+    prompt: str
+    seed: int | None = None
+    given: Given = Given()
+
+    def request(self, seed: int) -> dict[str, Any]:
+        """What decides how it comes out, as JSON."""
+        request: dict[str, Any] = {"prompt": self.prompt, "seed": seed if self.seed is None else self.seed}
+        texts, image = self.given.texts, self.given.image
+        if texts:
+            request["texts"] = list(texts)
+        if image is not None:
+            request["image"] = hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).hexdigest()
+        return request
+
+
+def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_turns: int, batch_size: int,
+             checkpoint: dict[str, str], out: str | pathlib.Path) -> Pace:
+    """Draws every prompt that has no folder in `out` yet. What is drawn for one depends on no other.
 
     Raises: ValueError if `out` holds anything else than parts of this very run.
     """
-    out = pathlib.Path(out)
-    settings = describe_settings(generator.config)
-    requests = {}
-    for number, prompt in enumerate(prompts):
-        request = {"prompt": prompt, "seed": seed, "num_turns": num_turns, "checkpoint": checkpoint,
-                   "settings": settings}
-        if not _is_drawn(out / f"{number:04d}", request):
-            requests[out / f"{number:04d}"] = request
-    progress = tqdm(total=len(prompts), initial=len(prompts) - len(requests), unit="prompt",
-                    disable=None)
-    for batch, padded in in_batches(list(requests.items()), min(batch_size, max(1, len(requests)))):
-        drawn = generator.trajectories([request["prompt"] for _, request in padded],
-                                       seeds=[seed] * len(padded), num_turns=num_turns)
-        for (folder, request), turns in zip(batch, drawn):
+    out, start, first = pathlib.Path(out), time.perf_counter(), None
+    common = {"num_turns": num_turns, "checkpoint": checkpoint, "settings": describe_settings(generator.config)}
+    missing = []
+    for number, order in enumerate(orders):
+        folder, request = out / f"{number:04d}", order.request(seed) | common
+        if not _is_drawn(folder, request):
+            missing.append((folder, request, order.given))
+    progress = tqdm(total=len(orders), initial=len(orders) - len(missing), unit="prompt", disable=None)
+    for batch, padded in in_batches(missing, generator.fit_batch(min(batch_size, len(missing)))):
+        drawn = generator.trajectories([request["prompt"] for _, request, _ in padded], num_turns=num_turns,
+                                       seeds=[request["seed"] for _, request, _ in padded],
+                                       given=[given for _, _, given in padded])
+        for (folder, request, _), turns in zip(batch, drawn):
             _write(folder, request, turns)
             progress.update()
+        first = first or (len(batch), time.perf_counter() - start)
     progress.close()
-    return len(requests)
+    if first is None:
+        return Pace(0)
+    rest = len(missing) - first[0]
+    return Pace(len(missing), first[1], (time.perf_counter() - start - first[1]) / rest if rest else None)
 
 
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """One prompt a line, or the field "prompt" of each line of a .jsonl; empty lines do not count.
+def read_orders(path: str | pathlib.Path) -> list[Order]:
+    """One prompt a line, or the fields of `Order` and `Given` a line of a .jsonl; empty lines do not count.
 
     Raises: ValueError naming file and line.
     """
@@ -71,15 +119,16 @@ def read_prompts(path: str | pathlib.Path) -> list[str]:
         raise ValueError(f"{path}: the prompts cannot be read ({error})") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if str(path).endswith(".jsonl"):
-        prompts = [_read_line(line, f"{path}, line {number}") for number, line in numbered]
+        orders = [_read_line(line, f"{path}, line {number}", pathlib.Path(path).parent)
+                  for number, line in numbered]
     else:
-        prompts = [line.strip() for _, line in numbered]
-    if not prompts:
+        orders = [Order(line.strip()) for _, line in numbered]
+    if not orders:
         raise ValueError(f"{path}: holds no prompt")
-    return prompts
+    return orders
 
 
-def _read_line(line: str, place: str) -> str:
+def _read_line(line: str, place: str, folder: pathlib.Path) -> Order:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -87,7 +136,16 @@ def _read_line(line: str, place: str) -> str:
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{place}: lacks the field 'prompt' with a text")
-    return prompt
+    seed = record.get("seed")
+    if seed is not None and not (type(seed) is int and 0 <= seed < SEEDS):
+        raise ValueError(f"{place}: field 'seed' is {seed!r}; it is an integer from 0 to {SEEDS - 1}")
+    texts, image = record.get("texts") or [], record.get("image")
+    if not isinstance(texts, list) or not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"{place}: field 'texts' is {texts!r}; it is a list of texts, and of null for the "
+                         "model's own")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"{place}: field 'image' is {image!r}; it is an image's path from the file's folder")
+    return Order(prompt, seed, Given(tuple(texts), None if image is None else read_image(folder / image)))
 
 
 def _is_drawn(folder: pathlib.Path, request: dict[str, Any]) -> bool:
@@ -98,7 +156,8 @@ def _is_drawn(folder: pathlib.Path, request: dict[str, Any]) -> bool:
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(folder)!r} is not a folder of this command ({error}); choose "
                          "another --out") from error
-    differing = [key for key in request if not isinstance(found, dict) or found.get(key) != request[key]]
+    found = found if isinstance(found, dict) else {}
+    differing = [key for key in found | request if found.get(key) != request.get(key)]
     if differing:
         raise ValueError(f"{str(folder)!r} holds another drawing (its {', '.join(differing)} "
                          "differ); choose another --out, or remove it")
@@ -127,28 +186,30 @@ def main(values: Any) -> None:
     config = from_config_dict(SamplingConfig, values.config)
     if any(not prompt.strip() for prompt in values.prompt or ()):
         raise ValueError("--prompt is empty; say what to draw")
-    prompts = values.prompt or read_prompts(values.prompts)
-    generator, checkpoint = load_generator(
-        values.checkpoint, config,
-        prompts={f"prompt {number}": prompt for number, prompt in enumerate(prompts, 1)})
-    count = generate(prompts, generator=generator, seed=values.seed,
-                     num_turns=values.num_turns or config.num_turns,
-                     batch_size=values.batch or config.batch_size, checkpoint=checkpoint,
-                     out=values.out)
-    print(f"drew {count} of {len(prompts)} prompts into {values.out}"
-          + ("" if count == len(prompts) else "; the rest was there"))
+    orders = [Order(prompt) for prompt in values.prompt or ()] or read_orders(values.prompts)
+    texts = {f"prompt {number}": order.prompt for number, order in enumerate(orders, 1)}
+    texts |= {f"text {place} of prompt {number}": text for number, order in enumerate(orders, 1)
+              for place, text in enumerate(order.given.texts, 1) if text is not None}
+    generator, checkpoint = load_generator(values.checkpoint, config, prompts=texts,
+                                           mesh=make_mesh(parse_mesh(values.mesh)) if values.mesh else None)
+    pace = generate(orders, generator=generator, seed=values.seed, checkpoint=checkpoint, out=values.out,
+                    num_turns=values.num_turns or config.num_turns,
+                    batch_size=values.batch or config.batch_size)
+    rest = "" if pace.drawn == len(orders) else "; the rest was there"
+    print(f"drew {pace.drawn} of {len(orders)} prompts into {values.out}{rest}{pace}")
 
 
 if __name__ == "__main__":
     command.define_config("How to draw, e.g. configs/shapes_generate.py.")
     flags.DEFINE_string("checkpoint", None, "A model checkpoint, or the folder of a trained stage.")
     flags.DEFINE_multi_string("prompt", None, "What to draw; may be given several times.")
-    flags.DEFINE_string("prompts", None, "A file with a prompt a line, or .jsonl with \"prompt\".")
+    flags.DEFINE_string("prompts", None, "A file with a prompt a line, or .jsonl: see above.")
     flags.DEFINE_string("out", None, "Folder of the drawings.")
-    flags.DEFINE_integer("seed", 0, "Of texts and noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer("seed", 0, "Of texts and noise.", lower_bound=0, upper_bound=SEEDS - 1)
     flags.DEFINE_integer("num_turns", None, "Images a prompt; by default the config's.",
                          lower_bound=1)
     flags.DEFINE_integer("batch", None, "Prompts drawn at once; by default the config's.",
                          lower_bound=1)
+    flags.DEFINE_string("mesh", "", "Devices to draw on, like data=4,tensor=2; by default the first alone.")
     flags.mark_flags_as_required(["config", "checkpoint", "out"])
     command.run(main)

@@ -18,12 +18,11 @@ from PIL import Image
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
-from data_pipelines.images import decode_image
+from data_pipelines.images import read_image
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import load_generator
 
-MAX_PIXELS = 200_000_000
 SETTINGS = {
     flags.DEFINE_boolean: ("think", "understanding_output", "do_sample"),
     flags.DEFINE_integer: ("num_turns", "max_think_token_n", "num_timesteps"),
@@ -36,13 +35,7 @@ SETTINGS = {
 
 def read_input(text: str) -> str | np.ndarray:
     """A text, or the picture uint8 [H, W, 3] of "@file". Raises: ValueError naming the file."""
-    if not text.startswith("@"):
-        return text
-    try:
-        data = pathlib.Path(text[1:]).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--input {text}: the file cannot be read ({error})") from error
-    return decode_image(data, where=text[1:], max_pixels=MAX_PIXELS)
+    return read_image(text[1:]) if text.startswith("@") else text
 
 
 def read_mode(values: Any) -> ModeConfig:

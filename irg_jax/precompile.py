@@ -22,9 +22,9 @@ from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.config import BAGEL_7B_MOT, TrainConfig
 from irg_jax.parallel.compiling import compile_report
-from irg_jax.parallel.sharding import MESH_AXES, MeshConfig, make_mesh
+from irg_jax.parallel.sharding import make_mesh, parse_mesh
 from irg_jax.parallel.topologies import Topology, compile_devices, find_topology
-from irg_jax.sampling import abstract as drawing
+from irg_jax.sampling import abstract as sampling
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.training import estimate
 from irg_jax.training.abstract import trace_step
@@ -37,11 +37,7 @@ def override(config: TrainConfig, mesh: str, packs: int) -> TrainConfig:
     Raises: ValueError if the mesh cannot be read.
     """
     if mesh:
-        sizes = dict(part.partition("=")[::2] for part in mesh.split(","))
-        if not set(sizes) <= set(MESH_AXES) or not all(size.isdecimal() for size in sizes.values()):
-            raise ValueError(f"--mesh is {mesh!r}; write axes of {', '.join(MESH_AXES)}, like data=4,fsdp=16")
-        sizes = {"fsdp": 1} | {axis: int(size) for axis, size in sizes.items()}
-        config = dataclasses.replace(config, mesh=MeshConfig(**sizes))
+        config = dataclasses.replace(config, mesh=parse_mesh(mesh))
     if packs:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, packs_per_step=packs))
     return config
@@ -56,13 +52,16 @@ def train(config: TrainConfig, topology: Topology, tile: int) -> dict[str, Any]:
     return estimate.describe(config, BAGEL_7B_MOT, topology, mesh, step, report, planned)
 
 
-def generate(config: TrainConfig, topology: Topology, context: int) -> dict[str, Any]:
-    """The report on drawing a second image, one on each shard of the batch."""
+def generate(config: TrainConfig, topology: Topology, program: str, context: int) -> dict[str, Any]:
+    """The report on drawing a second image, or on a token of text, one on each shard of the batch."""
     mesh = make_mesh(config.mesh, compile_devices(topology))
-    images = mesh.shape["data"] * mesh.shape["fsdp"]
-    draw = drawing.trace_draw(BAGEL_7B_MOT, SamplingConfig(), mesh, images=images, context=context)
-    report = compile_report(draw.traced, (draw.params, draw.branches), topology.num_chips)
-    return drawing.describe(draw, report, topology, mesh, images)
+    count = mesh.shape["data"] * mesh.shape["fsdp"]
+    if program == "generate":
+        traced = sampling.trace_draw(BAGEL_7B_MOT, SamplingConfig(), mesh, images=count, context=context)
+    else:
+        traced = sampling.trace_token(BAGEL_7B_MOT, SamplingConfig(), mesh, texts=count, context=context)
+    report = compile_report(traced.traced, traced.arguments, topology.num_chips)
+    return sampling.describe(traced, report, topology, mesh)
 
 
 def main(values: Any) -> None:
@@ -75,7 +74,7 @@ def main(values: Any) -> None:
         result = train(config, topology, values.tile)
         print(estimate.tabulate(result["options"]))
     else:
-        result = generate(config, topology, values.context)
+        result = generate(config, topology, values.program, values.context)
     print(json.dumps(result, indent=1))
     if not result["fits"]:
         sys.exit(1)
@@ -84,8 +83,9 @@ def main(values: Any) -> None:
 if __name__ == "__main__":
     command.define_config("Config file of a training stage, e.g. configs/irgl_stage1.py.")
     flags.DEFINE_string("topology", None, "TPU slice: v5p:4x4x4, v5p-128, v6e-256, ...")
-    flags.DEFINE_enum("program", "train", ["train", "generate"], "The step, or the drawing of a second image.")
-    flags.DEFINE_integer("context", 10_240, "Tokens of a context that an image is drawn after.",
+    flags.DEFINE_enum("program", "train", ["train", "generate", "write"],
+                      "The step, the drawing of a second image, or one token of text.")
+    flags.DEFINE_integer("context", 10_240, "Tokens of a context that is drawn or written after.",
                          lower_bound=1)
     flags.DEFINE_string("mesh", "", "Instead of the table's: data=4,fsdp=16; axes left out are 1.")
     flags.DEFINE_integer("packs", 0, "Packs of a step, instead of the table's.", lower_bound=0)

@@ -13,7 +13,7 @@ from irg_jax.checkpoints.model import Model
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.irg import IRG
 from irg_jax.sampling import programs
-from irg_jax.sampling.cache import Context, append_text, predict_velocity
+from irg_jax.sampling.cache import Context, append_text, predict_velocities
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 
 CONFIG = ModelConfig(
@@ -71,8 +71,8 @@ def append(context: Context, tokens, lengths) -> tuple[Context, jax.Array]:
 
 
 def predict(context: Context, brackets, latent, t, position) -> jax.Array:
-    """`cache.predict_velocity` of the small model."""
-    return _compiled(predict_velocity)(context, brackets, latent, t, position)
+    """`cache.predict_velocities` of the small model, after all that was read."""
+    return _compiled(predict_velocities)([(context.kv, [context.view])], brackets, latent, t, position)[0]
 
 
 def distance(actual, expected) -> float:

@@ -18,7 +18,9 @@ from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.results import SYSTEMS, read_manifest, read_results
 from irg_jax.evaluation.shapes import digest_prompts, read_prompts
 from irg_jax.evaluation.statistics import score_table
+from irg_jax.generate import Order
 from irg_jax.sampling.config import FlowConfig, TextConfig
+from irg_jax.sampling.trajectory import Given
 from sampling_cases import SETTINGS, make_model
 
 QUICK = dataclasses.replace(
@@ -43,8 +45,8 @@ def loaded(checkpoints):
 def draw(loaded, out, prompts=PROMPTS, **fields) -> int:
     generator, checkpoint = loaded
     fields = {"seed": 3, "num_turns": 2, "batch_size": 2} | fields
-    return generation.generate(prompts, generator=generator, checkpoint=checkpoint, out=out,
-                               **fields)
+    orders = [prompt if isinstance(prompt, Order) else Order(prompt) for prompt in prompts]
+    return generation.generate(orders, generator=generator, checkpoint=checkpoint, out=out, **fields).drawn
 
 
 def files(folder) -> dict[str, bytes]:
@@ -83,11 +85,15 @@ def test_an_interrupted_prompt_leaves_no_folder(loaded, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".*"))
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"num_turns": 1}, {"prompts": ["other", "one"]}])
+@pytest.mark.parametrize("change", [{"seed": 4}, {"num_turns": 1}, {"prompts": ["other", "one"]},
+                                    {"texts": [Order(PROMPTS[0], given=Given(("a",))), PROMPTS[1]]}])
 def test_another_run_is_not_mixed_into_a_folder(loaded, tmp_path, change):
     draw(loaded, tmp_path / "out", PROMPTS[:2])
     before = files(tmp_path / "out")
-    name = next(iter(change)).removesuffix("s") if "prompts" in change else next(iter(change))
+    name, = change
+    if name == "texts":
+        change = {"prompts": change["texts"]}
+    name = {"prompts": "prompt"}.get(name, name)
     with pytest.raises(ValueError, match=f"0000.*{name}.*another --out"):
         draw(loaded, tmp_path / "out", **{"prompts": PROMPTS[:2], **change})
     assert files(tmp_path / "out") == before
@@ -99,17 +105,41 @@ def test_control_tokens_and_bad_prompt_files_are_refused(checkpoints, tmp_path):
                                   prompts={"prompt 1": "fine", "prompt 2": "red <|im_end|>"})
     path = tmp_path / "prompts.jsonl"
     for content, message in (("", "holds no prompt"), ('{"prompt": 3}', "line 1.*'prompt'"),
-                             ('{"prompt": "a"}\n\n{', "line 3.*JSON"), ("[]", "line 1")):
+                             ('{"prompt": "a"}\n\n{', "line 3.*JSON"), ("[]", "line 1"),
+                             ('{"prompt": "a", "seed": -1}', "line 1.*'seed' is -1"),
+                             ('{"prompt": "a", "seed": true}', "line 1.*'seed' is True"),
+                             ('{"prompt": "a", "texts": ["b", 2]}', "line 1.*'texts' is"),
+                             ('{"prompt": "a", "image": 3}', "line 1.*'image' is 3"),
+                             ('{"prompt": "a", "image": "none.png"}', "none.png.*cannot be read"),
+                             ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
-            generation.read_prompts(path)
-    path.write_text('{"prompt": "a", "id": 1}\n\n{"prompt": "b"}\n')
-    assert generation.read_prompts(path) == ["a", "b"]
+            generation.read_orders(path)
+    path.write_text('{"prompt": "a", "id": 1}\n\n{"prompt": "b", "seed": 7}\n')
+    assert generation.read_orders(path) == [Order("a"), Order("b", 7)]
     text = tmp_path / "prompts.txt"
     text.write_text("a red circle\n\n two \n")
-    assert generation.read_prompts(text) == ["a red circle", "two"]
+    assert generation.read_orders(text) == [Order("a red circle"), Order("two")]
     with pytest.raises(ValueError, match="nowhere.txt"):
-        generation.read_prompts("nowhere.txt")
+        generation.read_orders("nowhere.txt")
+
+
+def test_a_line_may_bring_texts_a_picture_and_a_seed(loaded, tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 32, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "mine.png")
+    (tmp_path / "orders.jsonl").write_text(json.dumps(
+        {"prompt": "a red circle", "seed": 9, "texts": [None, "draw it in blue"], "image": "mine.png"}))
+    (order,) = generation.read_orders(tmp_path / "orders.jsonl")
+    assert draw(loaded, tmp_path / "out", [order]) == 1 and draw(loaded, tmp_path / "out", [order]) == 0
+    generator, _ = loaded
+    state = generator.begin(["a red circle"], seeds=[9])
+    (first,), state = generator.think(state)
+    _, state = generator.think(generator.look(state, [picture]), ["draw it in blue"])
+    folder = tmp_path / "out" / "0000"
+    assert (folder / "turn1.txt").read_text() == first + "\n"
+    assert (folder / "turn2.txt").read_text() == "draw it in blue\n"
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "turn1.png")), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(folder / "turn2.png")), generator.draw(state)[0])
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:

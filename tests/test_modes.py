@@ -51,7 +51,7 @@ def test_an_image_and_an_instruction_are_an_edit_of_its_size(generator):
     (state, settings), = generator.drawn
     assert settings == {"flow": SETTINGS.turn2, "height": 32, "width": 32}
     assert used(state.unasked) == [LATENTS + PATCHES] * 2
-    assert used(state.unseen) == [length("blue"), length("a")]
+    assert used(generator.without_images(state)) == [length("blue"), length("a")]
     assert used(state.main) == [LATENTS + PATCHES + length(text) for text in ("blue", "a")]
     by_hand = Generator(make_model(), SETTINGS)
     images = [resize(image, SETTINGS.vae_transform) for image in IMAGES]
@@ -75,7 +75,7 @@ def test_any_order_guides_away_from_the_last_text_and_from_all_images(generator)
     (state, _), = generator.drawn
     whole = length("a") + length("blue") + 2 * (LATENTS + PATCHES)
     assert used(state.main) == used(state.unasked) == [whole]   # an image was last: nothing more was asked
-    assert used(state.unseen) == [length("a") + length("blue")]
+    assert used(generator.without_images(state)) == [length("a") + length("blue")]
     infer(generator, [("a", IMAGES[0], "blue")], seeds=[0])
     (state, _) = generator.drawn[-1]
     assert used(state.unasked) == [length("a") + LATENTS + PATCHES]
@@ -85,7 +85,7 @@ def test_a_thought_is_followed_and_not_what_guidance_leaves_out(generator):
     (answer,), = infer(generator, [["a red circle"]], ModeConfig(think=True), seeds=[2])
     (state, _), = generator.drawn
     system, asked = length("plan"), length("a red circle")
-    assert used(state.unasked) == [system] and used(state.unseen) == [system + asked]
+    assert used(state.unasked) == [system] and used(generator.without_images(state)) == [system + asked]
     assert used(state.main) == [system + asked + length(answer.text)]
 
 

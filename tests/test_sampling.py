@@ -1,6 +1,8 @@
 """Trajectories: whose context holds what, whose randomness is whose, and what is refused."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
@@ -9,8 +11,10 @@ import pytest
 from data_pipelines.batch import INF
 from data_pipelines.config import ImageTransform, from_config_dict, load_config
 from data_pipelines.shapes.language import SYSTEM_PROMPT
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
+from irg_jax.sampling.cache import Context, View
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
-from irg_jax.sampling.trajectory import Generator
+from irg_jax.sampling.trajectory import Generator, fork
 from sampling_cases import SETTINGS, distance, make_model
 
 PROMPTS = ["a red circle", "two green stars above one cross and so on", "blue"]
@@ -26,9 +30,10 @@ def length(text: str) -> int:
     return len(make_model().tokenizer.encode(text)) + 2
 
 
-def used(context) -> list[int]:
+def used(context: Context | View) -> list[int]:
     """Tokens that each context holds, gaps not counted."""
-    return (np.asarray(context.rows.order) != INF).sum(1).tolist()
+    view = context.view if isinstance(context, Context) else context
+    return (np.asarray(view.rows.order) != INF).sum(1).tolist()
 
 
 def test_contexts_hold_what_the_design_says(generator):
@@ -50,16 +55,17 @@ def test_contexts_hold_what_the_design_says(generator):
     texts = [system + sum(lengths) for lengths in zip(prompts, first, second)]
     assert used(state.unasked) == before
     assert used(state.main) == [one + think for one, think in zip(before, second)]
-    assert used(state.unseen) == texts
-    assert np.asarray(state.unseen.next_rope).tolist() == texts  # a left-out image leaves no gap
-    assert np.asarray(state.main.next_rope).tolist() == [text + 2 for text in texts]
+    unseen = generator.without_images(state)
+    assert used(unseen) == texts
+    assert np.asarray(unseen.view.next_rope).tolist() == texts  # a left-out image leaves no gap
+    assert np.asarray(state.main.view.next_rope).tolist() == [text + 2 for text in texts]
 
     # The third turn: two images seen, guided away from all but the newest text.
     state = generator.look(state, image)
     seen = used(state.main)
     _, state = generator.think(state, ["one", "one", "one"])
     assert state.turn == 2 and used(state.unasked) == seen
-    assert used(state.unseen) == [text + length("one") for text in texts]
+    assert used(generator.without_images(state)) == [text + length("one") for text in texts]
 
 
 def test_plain_drawing_has_contexts_of_its_own(generator):
@@ -83,17 +89,100 @@ def test_a_prompt_is_drawn_the_same_whatever_its_neighbours(generator):
         assert np.abs(turn.image.astype(int) - same.image).max() <= 1
 
 
-def test_self_cot_is_the_trajectory_stopped_early_and_states_are_values(generator):
+@pytest.fixture(scope="module")
+def on_one_device(generator):
+    state = generator.begin(PROMPTS + PROMPTS[:1], seeds=[4, 5, 6, 7])
+    return drawn_by_hand(generator, state)
+
+
+def drawn_by_hand(generator: Generator, state) -> tuple[list, list]:
+    """Texts and latents of both turns; the second looks at one picture whatever was drawn."""
+    texts, latents = [], []
+    for _ in range(2):
+        more, state = generator.think(state)
+        texts.append(more)
+        latents.append(np.asarray(generator.draw_latent(state, **SIZE)))
+        if not state.turn:
+            picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+            state = generator.look(state, [picture] * len(more))
+    return texts, latents
+
+
+@pytest.mark.parametrize("config", [
+    MeshConfig(fsdp=2, tensor=2, context=2),
+    pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=1, tensor=2), marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=1, context=3), marks=pytest.mark.slow)], ids=str)
+def test_any_mesh_draws_the_same(on_one_device, config):
+    size = math.prod(dataclasses.astuple(config))
+    generator = Generator(make_model(), SETTINGS, mesh=make_mesh(config, jax.devices()[:size]))
+    state = generator.begin(PROMPTS + PROMPTS[:1], seeds=[4, 5, 6, 7])
+    assert len(state.main.kv.key.sharding.device_set) == size
+    texts, latents = drawn_by_hand(generator, state)
+    assert texts == on_one_device[0]
+    for latent, expected in zip(latents, on_one_device[1], strict=True):
+        assert distance(latent, expected) < 1e-4
+    assert generator.fit_batch(5) % (config.data * config.fsdp) == 0
+    if config.fsdp > 1:
+        with pytest.raises(ValueError, match="1 trajectories at once do not deal over"):
+            generator.begin(["blue"], seeds=[0])
+
+
+def test_texts_do_not_depend_on_how_the_cache_grows(generator, on_one_device):
+    other = Generator(make_model(), dataclasses.replace(SETTINGS, cache_multiple=200))
+    texts, latents = drawn_by_hand(other, other.begin(PROMPTS + PROMPTS[:1], seeds=[4, 5, 6, 7]))
+    assert texts == on_one_device[0]
+    assert max(map(distance, latents, on_one_device[1])) < 1e-5
+
+
+def test_self_cot_is_the_trajectory_stopped_early_and_states_can_be_forked(generator):
     (one,), (two,) = (generator.trajectories(PROMPTS[:1], seeds=[4], num_turns=n) for n in (1, 2))
     assert len(one) == 1 and len(two) == 2 and one[0].text == two[0].text
     np.testing.assert_array_equal(one[0].image, two[0].image)
     state = generator.begin(PROMPTS[:1], seeds=[4])
     held = jax.tree.map(np.asarray, state.main)
-    (text,), after = generator.think(state)
+    (text,), after = generator.think(fork(state))
     assert text == two[0].text
-    assert generator.think(state)[0] == [text]
     jax.tree.map(np.testing.assert_array_equal, held, jax.tree.map(np.asarray, state.main))
     np.testing.assert_array_equal(generator.draw(after)[0], one[0].image)
+    assert generator.think(state)[0] == [text]
+    assert all(leaf.is_deleted() for leaf in state.main.kv), "a cache is written where it lies, and used up"
+
+
+def test_a_window_forgets_old_turns_and_nothing_else(generator):
+    """The third turn after the second alone is what follows prompt, second thought and second picture."""
+    (free,) = generator.trajectories(PROMPTS[:1], seeds=[4], num_turns=2)
+    narrow = Generator(make_model(), dataclasses.replace(SETTINGS, window=1))
+    (turns,) = narrow.trajectories(PROMPTS[:1], seeds=[4], num_turns=3)
+    for turn, same in zip(turns, free):
+        assert turn.text == same.text and (turn.image == same.image).all()
+    state = dataclasses.replace(generator.begin(PROMPTS[:1], seeds=[4]), turn=1)
+    _, state = generator.think(state, [free[1].text])
+    state = generator.look(state, [free[1].image])
+    whole = length("plan") + length(PROMPTS[0]) + length(free[1].text) + 2 * (2 * 3 + 2)
+    assert state.turn == 2 and used(state.main) == [whole]
+    (text,), state = generator.think(state)
+    assert text == turns[2].text
+    np.testing.assert_array_equal(generator.draw(state)[0], turns[2].image)
+
+
+def test_a_prompt_ends_where_its_reflection_or_its_picture_says_so(generator):
+    whole = generator.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    calm = re.escape(whole[1][1].text)
+    talker = Generator(make_model(), dataclasses.replace(SETTINGS, stop_text=f"^{calm}$"))
+    turns = talker.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    assert [len(each) for each in turns] == [3, 1, 3], "what asks for nothing is not drawn"
+    changes = sorted(each[1].change(each[0]) for each in whole)
+    watcher = Generator(make_model(), dataclasses.replace(SETTINGS, stop_change=(changes[0] + changes[1]) / 2))
+    ended = watcher.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    for mine, all_turns in zip(ended, whole, strict=True):
+        assert len(mine) == (2 if all_turns[1].change(all_turns[0]) == changes[0] else 3)
+    for mine, all_turns in zip([*turns, *ended], [*whole, *whole], strict=True):
+        for turn, same in zip(mine, all_turns):
+            assert turn.text == same.text and (turn.image == same.image).all()
+    for fields in ({"window": -1}, {"stop_text": "("}, {"stop_change": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            dataclasses.replace(SETTINGS, **fields)
 
 
 def test_bfloat16_stays_near_float32():

@@ -73,7 +73,7 @@ def packed(model):
 def read_all(model, start, pack):
     """The same by blocks: (context, hidden states of the second text)."""
     latent_position, vit_position = pack.latent_position[0, :6], pack.vit_position[0, :6]
-    batch = start.next_order.shape[0]
+    batch = start.view.next_order.shape[0]
     many = lambda x: jnp.repeat(jnp.asarray(x)[None], batch, axis=0)
     context, _ = append(start, *framed(*[FIRST] * batch))
     images = jax.jit(lambda context, latent, patches: cache.append_vit(
@@ -90,21 +90,22 @@ def test_blocks_equal_the_packed_forward(model, packed):
     assert distance(hidden[0, :len(SECOND) + 2], text) < 1e-5
     assert distance(noised[0], velocity) < 1e-5
     # One id a text token, one an image; the noised image takes the next without using it up.
-    assert int(context.next_rope[0]) == len(FIRST) + 2 + 1 + 1 + len(SECOND) + 2
-    assert int(pack.latent_rows.rope[0, 6]) == int(context.next_rope[0])
+    assert int(context.view.next_rope[0]) == len(FIRST) + 2 + 1 + 1 + len(SECOND) + 2
+    assert int(pack.latent_rows.rope[0, 6]) == int(context.view.next_rope[0])
 
 
 def test_what_lies_in_gaps_and_beyond_the_end_is_never_seen(model, packed):
     _, _, pack = packed
     context, _ = read_all(model, cache.make_empty(CONFIG, 1, 64, jnp.float32), pack)
-    empty = np.asarray(context.rows.order[0]) == INF
+    empty = np.asarray(context.view.rows.order[0]) == INF
     assert empty.sum() == 64 - (len(FIRST) + 2 + 8 + 8 + len(SECOND) + 2)
     dirty = context._replace(kv=jax.tree.map(lambda x: x.at[:, :, :, empty].set(1e4), context.kv))
     ask = lambda start: predict(start, brackets(), LATENT[1:], TIME,
                                   pack.latent_position[0, 6:12])
     np.testing.assert_array_equal(ask(context), ask(dirty))
     enlarged = cache.enlarge(context, 96)
-    assert enlarged.capacity == 96 and distance(ask(enlarged), ask(context)) < 1e-6
+    assert enlarged.view.capacity == enlarged.kv.key.shape[3] == 96
+    assert distance(ask(enlarged), ask(context)) < 1e-6
 
 
 def test_ragged_texts_are_read_as_if_alone():
@@ -118,7 +119,7 @@ def test_ragged_texts_are_read_as_if_alone():
             alone, expected = append(alone, *framed(ids))
         size = len(ids) + 2
         assert distance(hidden[i, :size], expected[0, :size]) < 1e-5
-        assert int(together.next_rope[i]) == int(alone.next_rope[0]) == 2 * size
+        assert int(together.view.next_rope[i]) == int(alone.view.next_rope[0]) == 2 * size
 
 
 def test_repeated_contexts_are_the_one_they_came_from(packed):
@@ -129,3 +130,24 @@ def test_repeated_contexts_are_the_one_they_came_from(packed):
     ask = lambda start, latent: predict(start, brackets(), latent, TIME, position)
     expected = jnp.concatenate([ask(one, each[None]) for each in noisy])
     assert distance(ask(cache.repeat(one, 2), noisy), expected) < 1e-5
+
+
+def test_views_of_a_context_and_another_in_one_pass_are_each_by_itself(model, packed):
+    """An earlier view stays what it was while its context grows."""
+    _, _, pack = packed
+    position = pack.latent_position[0, 6:12]
+    empty = cache.make_empty(CONFIG, 1, 16, jnp.float32)
+    early, _ = append(empty, *framed(FIRST))
+    alone = [predict(each, brackets(), LATENT[1:], TIME, position) for each in (empty, early)]
+    late, _ = append(cache.enlarge(early, 32), *framed(SECOND))
+    other, _ = append(cache.make_empty(CONFIG, 1, 16, jnp.float32), *framed(SECOND))
+    alone += [predict(each, brackets(), LATENT[1:], TIME, position) for each in (late, other)]
+    seen = [(late.kv, [empty.view, early.view, late.view]), (other.kv, [other.view])]
+    together = jax.jit(lambda latent: cache.predict_velocities(model, seen, brackets(), latent, TIME, position)
+                       )(LATENT[1:])
+    assert distance(alone[0], alone[1]) > 1e-3 and distance(alone[1], alone[2]) > 1e-3
+    for velocity, expected in zip(together, alone, strict=True):
+        assert distance(velocity, expected) < 1e-5
+    again = cache.fork(late, early.view)
+    assert again.view.capacity == 16
+    assert distance(predict(again, brackets(), LATENT[1:], TIME, position), alone[1]) < 1e-6

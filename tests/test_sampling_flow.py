@@ -25,13 +25,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def branches(model):
-    def context(capacity, *ids):
-        start = cache.make_empty(CONFIG, 2, capacity, jnp.float32)
-        if not ids:
-            return start
-        return append(start, np.array([ids, ids[::-1]], np.int32),
-                                 np.array([len(ids), len(ids) - 1], np.int32))[0]
-    return Branches(context(16, 5, 6, 7, 8), context(8), context(8, 9, 10))
+    def read(context, *ids):
+        return append(context, np.array([ids, ids[::-1]], np.int32),
+                      np.array([len(ids), len(ids) - 1], np.int32))[0]
+    empty = cache.make_empty(CONFIG, 2, 8, jnp.float32)
+    early = read(empty, 5, 6)
+    return Branches(read(cache.enlarge(early, 16), 7, 8, 11), early.view, read(empty, 9, 10))
 
 
 def numpy_guide(main, text, image, config: FlowConfig) -> np.ndarray:
@@ -87,8 +86,9 @@ def test_drawing_equals_a_plain_loop_over_the_model(model, branches, config):
     """Every branch of every step by itself, whether or not the step is guided."""
     latent, times = NOISE.astype(np.float32), timesteps(config)
     for t, following in zip(times[:-1], times[1:]):
+        text = cache.fork(branches.main, branches.cfg_text)
         main, text, image = (np.asarray(predict(context, BRACKETS, latent, t, POSITION))
-                             for context in branches)
+                             for context in (branches.main, text, branches.cfg_img))
         low, high = config.cfg_interval
         velocity = main
         if low < t <= high and config.cfg_text_scale > 1:
@@ -103,26 +103,34 @@ def test_drawing_equals_a_plain_loop_over_the_model(model, branches, config):
 def test_a_straight_flow_is_followed_to_its_end(monkeypatch):
     """With the exact velocity of one image the Euler steps end on that image, however few."""
     target = NOISE[::-1] * 2
-    exact = lambda model, context, brackets, latent, t, position: (latent - target) / t
-    monkeypatch.setattr(flow, "predict_velocity", exact)
+    exact = lambda model, seen, brackets, latent, t, position: [(latent - target) / t]
+    monkeypatch.setattr(flow, "predict_velocities", exact)
     config = FlowConfig(num_timesteps=4, cfg_text_scale=1.0)
-    drawn = draw_latent(None, Branches(None, None, None), NOISE, POSITION, BRACKETS, config)
+    drawn = draw_latent(None, Branches(cache.Context(None, None), None), NOISE, POSITION, BRACKETS, config)
     assert distance(drawn, target) < 1e-5
 
 
 def test_only_the_branches_that_a_step_needs_are_run(model, monkeypatch, branches):
     seen = []
 
-    def record(model, context, brackets, latent, t, position):
-        seen.append(next(name[-4:] for name in branches._fields if getattr(branches, name) is context))
-        return latent
-    monkeypatch.setattr(flow, "predict_velocity", record)
-    draw = lambda **fields: draw_latent(model, branches, NOISE, POSITION, BRACKETS,
-                                        FlowConfig(num_timesteps=9, **fields))
-    for fields, expected in (({}, "main text main"), ({"cfg_img_scale": 2.0}, "main text _img main"),
-                             ({"cfg_text_scale": 1.0, "cfg_img_scale": 2.0}, "main"),
-                             ({"cfg_interval": (0.0, 1.0)}, "main text"),
-                             ({"cfg_interval": (0.5, 0.95)}, "main main text main")):
+    names = {id(branches.main.view): "main", id(branches.cfg_text): "text", id(branches.cfg_img.view): "img",
+             id(branches.main.kv): "main", id(branches.cfg_img.kv): "img"}
+
+    def record(model, caches, brackets, latent, t, position):
+        views = [view for _, views in caches for view in views]
+        seen.append(" ".join(names[id(view)] for view in views))
+        assert [names[id(kv)] for kv, _ in caches] == ["main", "img"][:len(caches)]
+        return [latent] * len(views)
+    monkeypatch.setattr(flow, "predict_velocities", record)
+    draw = lambda branches=branches, **fields: draw_latent(model, branches, NOISE, POSITION, BRACKETS,
+                                                           FlowConfig(num_timesteps=9, **fields))
+    for fields, expected in (({}, ["main text", "main"]), ({"cfg_img_scale": 2.0}, ["main text img", "main"]),
+                             ({"cfg_text_scale": 1.0, "cfg_img_scale": 2.0}, ["main"]),
+                             ({"cfg_interval": (0.0, 1.0)}, ["main text"]),
+                             ({"cfg_interval": (0.5, 0.95)}, ["main", "main text", "main"])):
         seen.clear()
         draw(**fields)
-        assert seen == expected.split(), fields
+        assert seen == expected, fields
+    seen.clear()   # no image was seen: a third view of one cache
+    draw(branches._replace(cfg_img=branches.cfg_text), cfg_img_scale=2.0)
+    assert seen == ["main text text", "main"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from irg_jax.sampling import cache
 from irg_jax.sampling.config import TextConfig
-from irg_jax.sampling.text import write_text
+from irg_jax.sampling.text import begin_text, write_on
 from sampling_cases import CONFIG, append, bound, distance
 
 BOS, LONGEST = 3, 9
@@ -14,8 +14,8 @@ PROMPTS = np.array([[7, 8, 9, 10], [11, 12, 0, 0], [13, 0, 0, 0]], np.int32)
 LENGTHS = np.array([4, 2, 1], np.int32)
 
 
-def contexts(rows=slice(None)):
-    start = cache.make_empty(CONFIG, len(LENGTHS[rows]), 16, jnp.float32)
+def contexts(rows=slice(None), capacity: int = 16):
+    start = cache.make_empty(CONFIG, len(LENGTHS[rows]), capacity, jnp.float32)
     return append(start, PROMPTS[rows], LENGTHS[rows])[0]
 
 
@@ -24,9 +24,14 @@ def keys(seeds) -> jax.Array:
 
 
 def write(rows, seeds, config: TextConfig, *, eos: int = -1, want_logits: bool = False):
-    return jax.jit(lambda context, keys: write_text(
-        bound(), context, keys, bos=BOS, eos=eos, config=config, want_logits=want_logits))(
-            contexts(rows), keys(seeds))
+    vocab_size = CONFIG.llm.vocab_size if want_logits else None
+    writing = begin_text(len(seeds), bos=BOS, config=config, vocab_size=vocab_size)
+    return go_on(contexts(rows), writing, seeds, config, eos)[1].written
+
+
+def go_on(context, writing, seeds, config: TextConfig, eos: int = -1):
+    step = lambda context, writing, keys: write_on(bound(), context, writing, keys, eos=eos, config=config)
+    return jax.jit(step)(context, writing, keys(seeds))
 
 
 def plain_greedy(prompt: list[int], length: int) -> tuple[list[int], list[np.ndarray]]:
@@ -59,6 +64,17 @@ def test_greedy_equals_a_plain_loop_and_stops_where_the_text_ends():
         assert int(stopped.lengths[i]) == length
         assert np.asarray(stopped.ids[i, :length]).tolist() == ids[:length]
     assert int(stopped.lengths[0]) < LONGEST
+
+
+def test_a_text_goes_on_where_its_context_was_full():
+    config, seeds = TextConfig(max_length=LONGEST, temperature=1.0), [5, 6, 7]
+    expected = write([0, 1, 2], seeds, config)
+    context, writing = contexts(capacity=7), begin_text(3, bos=BOS, config=config)
+    for capacity, tokens in ((7, 3), (9, 5), (30, LONGEST)):
+        context, writing = go_on(cache.enlarge(context, capacity), writing, seeds, config)
+        assert int(writing.step) == tokens and int(context.view.length) == 4 + tokens
+    np.testing.assert_array_equal(writing.written.ids, expected.ids)
+    np.testing.assert_array_equal(writing.written.lengths, expected.lengths)
 
 
 def test_sampled_texts_depend_on_their_own_key_alone():

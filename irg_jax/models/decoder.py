@@ -5,6 +5,7 @@ size.
 Source: `Qwen2MoTDecoderLayer` of BAGEL's modeling/bagel/qwen2_navit.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,14 +19,18 @@ from irg_jax.models.config import LLMConfig
 from irg_jax.models.joint import KeyValue, attend_together, look_together
 from irg_jax.models.layers import Linear, RMSNorm, rotary_angles, rotate
 from irg_jax.models.stack import run_stack, stack
-from irg_jax.models.streams import Streams, join
+from irg_jax.models.streams import Streams, join, shares
 
 
 class Past(NamedTuple):
-    """What a context already holds; gaps and padding have order INF in `rows` [B, C]."""
+    """What was read before, as seen from one or several places.
 
-    kv: KeyValue
-    rows: Rows
+    Each view is the rows [B, C'] of the first C' slots of the cache; gaps, padding and what this view does not
+    see have order INF.
+    """
+
+    kv: KeyValue              # [L, B, K, C, H] each
+    views: tuple[Rows, ...]
 
 
 class Expert(nnx.Module):
@@ -70,12 +75,13 @@ class Layer(nnx.Module):
         self.und = Expert(config, rngs=rngs)
         self.gen = Expert(config, rngs=rngs)
 
-    def __call__(self, x: Streams, past: KeyValue | None, angles: Streams, sight: Sight
+    def __call__(self, x: Streams, pasts: Sequence[KeyValue | None], angles: Streams, sights: Sequence[Sight]
                  ) -> tuple[Streams, KeyValue]:
         experts = (self.und, self.und, self.gen)
         projected = [expert.project(h, angle) for expert, h, angle in zip(experts, x, angles)]
         query, key, value = zip(*projected)
-        attended = attend_together(query, key, value, sight, past, heads="heads")
+        parts = zip(*(shares(streams, len(sights)) for streams in (query, key, value)), sights, pasts)
+        attended = map(join, zip(*(attend_together(*part, heads="heads") for part in parts)))
         x = Streams(*(expert.finish(h, a) for expert, h, a in zip(experts, x, attended)))
         return x, KeyValue.of(join(key), join(value))
 
@@ -89,18 +95,27 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, ("norm",), eps=config.rms_norm_eps)
         self.norm_gen = RMSNorm(config.hidden_size, ("norm",), eps=config.rms_norm_eps)
 
-    def __call__(self, x: Streams, rows: Streams, past: Past | None = None, *, keep: bool = False,
+    def __call__(self, x: Streams, rows: Streams, pasts: Sequence[Past] = (), *, keep: bool = False,
                  remat: str = "none") -> tuple[Streams, KeyValue | None]:
         """Streams of embeddings [B S D] and of `Rows` -> normed hidden states and, if `keep`, new keys.
 
-        New keys and values are [L, B, K, T + V + G, H], in stream order, for the caller to append.
+        With several views of the past, each stream is as many equal shares, one behind the other: all are
+        computed at once, and a share sees its view and itself. New keys and values are
+        [L, B, K, T + V + G, H], in stream order, for the caller to append.
         """
         config = self.config
         angles = Streams(*(rotary_angles(r.rope, config.head_dim, config.rope_theta) for r in rows))
-        sight = look_together(rows, None if past is None else past.rows)
+        views = [view for past in pasts for view in past.views] or [None]
+        sights = [look_together(*each) for each in zip(shares(rows, len(views)), views)]
 
-        def step(layer, x, kv):
-            x, new = layer(x, kv, angles, sight)
+        def step(layer, x, caches):
+            x, new = layer(x, [seen for past, kv in zip(pasts, caches) for seen in _views(past, kv)] or [None],
+                           angles, sights)
             return x, new if keep else None
-        x, new = run_stack(step, self.layers, x, None if past is None else past.kv, remat=remat)
+        x, new = run_stack(step, self.layers, x, tuple(past.kv for past in pasts), remat=remat)
         return Streams(self.norm(x.text), self.norm(x.vit), self.norm_gen(x.latent)), new
+
+
+def _views(past: Past, kv: KeyValue) -> list[KeyValue]:
+    """Of one layer's cache [B, K, C, H] what each view has rows for."""
+    return [KeyValue(*(x[:, :, :view.order.shape[1]] for x in kv)) for view in past.views]

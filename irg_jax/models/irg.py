@@ -5,6 +5,8 @@ C latent channels, D width.
 Source: `Bagel` of BAGEL's modeling/bagel/bagel.py; one forward serves training, prefill, decode and denoise.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -68,10 +70,10 @@ class IRG(nnx.Module):
         table = sincos_table(self.config.max_latent_size, self.config.llm.hidden_size)
         return hidden + jnp.asarray(table, hidden.dtype)[position]
 
-    def __call__(self, embedded: Streams, rows: Streams, past: Past | None = None, *, keep: bool = False,
+    def __call__(self, embedded: Streams, rows: Streams, pasts: Sequence[Past] = (), *, keep: bool = False,
                  remat: str = "none") -> tuple[Streams, KeyValue | None]:
-        """See `Decoder`: embedded streams and their rows, after `past` if given."""
-        return self.decoder(embedded, rows, past, keep=keep, remat=remat)
+        """See `Decoder`: embedded streams and their rows, after `pasts` if given."""
+        return self.decoder(embedded, rows, pasts, keep=keep, remat=remat)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Float32 logits of the text stream."""

@@ -7,6 +7,7 @@ parallelism queries stay where they are, and the keys and values of a pack are g
 Axes: B packs, S or _ tokens of a stream, C past tokens, N heads, K key-value heads, H head size.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from irg_jax.kernels.attention import TILE, Sight, attend, look
 from irg_jax.kernels.tiles import pad_axis, pad_rows
 from irg_jax.kernels.tpu import Work
 from irg_jax.models.streams import join, join_rows, split
-from irg_jax.parallel.shards import Axes, gather, per_shard
+from irg_jax.parallel.shards import Axes, count_ways, gather, per_shard
 
 
 class KeyValue(NamedTuple):
@@ -39,37 +40,49 @@ def _rows(axes: Axes) -> Rows:
     return Rows(*[axes] * len(Rows._fields))
 
 
-_TOKENS = Axes("packs", "tokens")
 _PACKS = Axes("packs")
-# Each device has a list of work of its own, for its own queries.
-_SIGHT = Sight(query=_rows(_TOKENS), key=_rows(_PACKS),
-               work=Work(entries=_TOKENS, count=_TOKENS, query=Axes("packs", None, "tokens"), key=_PACKS),
-               on_hopper=Axes("packs", None, "tokens"))
+
+
+def _sight(tokens: str | None) -> Sight:
+    """Each device has a list of work of its own, for its own queries."""
+    split = Axes("packs", tokens)
+    return Sight(query=_rows(split), key=_rows(_PACKS),
+                 work=Work(entries=split, count=split, query=Axes("packs", None, tokens), key=_PACKS),
+                 on_hopper=Axes("packs", None, tokens))
+
+
+def _split_axis(streams: Sequence[Array]) -> str | None:
+    """The axis of tokens where it deals all streams evenly; else every device has all, as of a short text."""
+    return "tokens" if all(x.shape[1] % count_ways("tokens") == 0 for x in streams) else None
 
 
 def look_together(streams: tuple[Rows, ...], past: Rows | None = None) -> Sight:
     """Who sees whom among all tokens of some streams of rows [B, S], and of `past` [B, C]."""
+    tokens = _split_axis([rows.order for rows in streams])
+
     def local(streams, past):
         query = join_rows([pad_rows(rows, _tile(rows.order)) for rows in streams])
-        key = Rows(*(gather(row, 1, "tokens") for row in query))
+        key = Rows(*(gather(row, 1, tokens) for row in query))
         return look(query, key if past is None else join_rows((past, key)))
-    return per_shard(local, (_TOKENS, _PACKS), _SIGHT)(streams, past)
+    return per_shard(local, (Axes("packs", tokens), _PACKS), _sight(tokens))(streams, past)
 
 
 def attend_together(query: tuple[Float[Array, "B _ N H"], ...], key: tuple[Float[Array, "B _ K H"], ...],
                     value: tuple[Float[Array, "B _ K H"], ...], sight: Sight, past: KeyValue | None = None,
                     heads: str | None = None) -> tuple[Float[Array, "B _ N H"], ...]:
     """`attend`, stream by stream; `heads` is the logical axis of heads where they are split."""
+    tokens = _split_axis(query)
+
     def local(query, key, value, sight, past):
         whole = [pad_axis(x, 1, _tile(x)) for x in query]
-        keys = [gather(join([pad_axis(x, 1, _tile(x)) for x in parts]), 1, "tokens") for parts in (key, value)]
+        keys = [gather(join([pad_axis(x, 1, _tile(x)) for x in parts]), 1, tokens) for parts in (key, value)]
         if past is not None:
             past = [rearrange(x, "b k c h -> b c k h") for x in past]
             keys = [join((old.astype(new.dtype), new)) for old, new in zip(past, keys)]
         attended = split(attend(join(whole), *keys, sight), whole)
         return tuple(out[:, :x.shape[1]] for out, x in zip(attended, query))
-    of_tokens, of_past = Axes("packs", "tokens", heads), Axes("packs", heads)
-    return per_shard(local, (of_tokens, of_tokens, of_tokens, _SIGHT, of_past), of_tokens)(
+    of_tokens, of_past = Axes("packs", tokens, heads), Axes("packs", heads)
+    return per_shard(local, (of_tokens, of_tokens, of_tokens, _sight(tokens), of_past), of_tokens)(
         query, key, value, sight, past)
 
 

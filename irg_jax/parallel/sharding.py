@@ -41,6 +41,14 @@ class MeshConfig:
     context: int = 1
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """A mesh as commands take it, "data=4,fsdp=16"; axes left out are 1. Raises: ValueError if it is none."""
+    sizes = dict(part.partition("=")[::2] for part in text.split(","))
+    if not set(sizes) <= set(MESH_AXES) or not all(size.isdecimal() for size in sizes.values()):
+        raise ValueError(f"--mesh is {text!r}; write axes of {', '.join(MESH_AXES)}, like data=4,fsdp=16")
+    return MeshConfig(**{"fsdp": 1} | {axis: int(size) for axis, size in sizes.items()})
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh; slices of a multi-slice TPU are parts of `data`.
 

@@ -85,11 +85,16 @@ def share_out(function: Callable, rows: Any, name: str) -> Any:
 
 def is_split(name: str) -> bool:
     """Whether a logical axis of activations lies on several devices of the mesh that is set."""
+    return count_ways(name) > 1
+
+
+def count_ways(name: str) -> int:
+    """On how many devices of the mesh that is set a logical axis of activations lies."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not _is_single(mesh) and any(mesh.shape[place] > 1 for place in PLACES[name])
+    return 1 if _is_single(mesh) else math.prod(mesh.shape[place] for place in PLACES[name])
 
 
-def gather(x: Array, axis: int, name: str) -> Array:
+def gather(x: Array, axis: int, name: str | None) -> Array:
     """Inside `per_shard`: the parts of all devices along a logical axis, one behind the other."""
     mesh = jax.sharding.get_abstract_mesh()
     places = () if _is_single(mesh) else tuple(place for place in PLACES[name] if mesh.shape[place] > 1)

@@ -1,6 +1,7 @@
 """How to draw: the settings of a trajectory. Defaults are IRG's published ones."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from data_pipelines.config import ImageTransform
@@ -24,6 +25,11 @@ class FlowConfig:
                              f"timestep_shift {self.timestep_shift} positive")
         if not 0 <= self.cfg_renorm_min <= 1:
             raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must be in [0, 1]")
+
+    @property
+    def needs_cfg_img(self) -> bool:
+        """Whether any step is guided away from the context without images."""
+        return self.cfg_text_scale > 1 and self.cfg_img_scale > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,9 @@ class SamplingConfig:
     height: int = 1024
     width: int = 1024
     num_turns: int = 2
+    window: int = 0            # turns before the newest that a turn may look back at; 0 is all
+    stop_text: str = ""        # regular expression: a later think text that has it is the end, nothing is drawn
+    stop_change: float = 0.0   # mean grey levels: an image that differs less from the one before is the last
     system_prompt: str = ""    # text, or @file
     vae_transform: ImageTransform = ImageTransform(stride=16, max_size=1024, min_size=512)
     vit_transform: ImageTransform = ImageTransform(stride=14, max_size=980, min_size=224)
@@ -67,6 +76,12 @@ class SamplingConfig:
                      "cache_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.window < 0 or self.stop_change < 0:
+            raise ValueError(f"window {self.window} and stop_change {self.stop_change} must not be negative")
+        try:
+            re.compile(self.stop_text)
+        except re.error as error:
+            raise ValueError(f"stop_text {self.stop_text!r} is no regular expression: {error}") from error
 
     def flow(self, turn: int) -> FlowConfig:
         """The settings of a turn, counted from 0."""

@@ -13,18 +13,31 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from irg_jax.models.irg import IRG
-from irg_jax.sampling.cache import Context, predict_velocity
+from irg_jax.models.joint import KeyValue
+from irg_jax.sampling.cache import Context, View, predict_velocities
 from irg_jax.sampling.config import FlowConfig
 
 Velocity = Float[Array, "B G C"]
 
 
 class Branches(NamedTuple):
-    """The contexts of guidance: all there is, that without the text to follow, without images."""
+    """The contexts of guidance: all there is, that without the text to follow, without images.
+
+    The second is always an earlier view of the first, the third if no image lies between.
+    """
 
     main: Context
-    cfg_text: Context
-    cfg_img: Context
+    cfg_text: View
+    cfg_img: View | Context | None = None   # where the settings do not ask for it
+
+    def seen(self, config: FlowConfig) -> list[tuple[KeyValue, list[View]]]:
+        """Caches and the views of them that a guided step needs, in the order of `guide`."""
+        views = [self.main.view, self.cfg_text]
+        if not config.needs_cfg_img:
+            return [(self.main.kv, views)]
+        if isinstance(self.cfg_img, View):
+            return [(self.main.kv, [*views, self.cfg_img])]
+        return [(self.main.kv, views), (self.cfg_img.kv, [self.cfg_img.view])]
 
 
 def timesteps(config: FlowConfig) -> Float[np.ndarray, "N"]:
@@ -39,21 +52,19 @@ def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
                 ) -> Float[Array, "B G C"]:
     """The latent at t = 0, in float32, after `num_timesteps - 1` Euler steps from `noise`.
 
-    Only the branches that a step needs are run, one after the other: a batch of them would be a second copy of
-    all contexts. Which these are is known before compiling, so the steps fall into a few scans, guided or not.
+    Only the branches that a step needs are run, all in one pass. Which these are is known before compiling, so
+    the steps fall into a few scans, guided or not.
     """
     times = timesteps(config)
     low, high = np.float32(config.cfg_interval)
     is_guided = (times[:-1] > low) & (times[:-1] <= high) & (config.cfg_text_scale > 1)
-    guides = (branches.cfg_text, branches.cfg_img)[:1 + (config.cfg_img_scale > 1)]
     latent, start = noise.astype(jnp.float32), 0
     for guided, run in itertools.groupby(is_guided):
-        contexts = (branches.main, *guides) if guided else (branches.main,)
+        seen = branches.seen(config) if guided else [(branches.main.kv, [branches.main.view])]
 
-        def step(latent, time_and_next, contexts=contexts):
+        def step(latent, time_and_next, seen=seen):
             time, following = time_and_next
-            velocity = guide([predict_velocity(model, context, brackets, latent, time, position)
-                              for context in contexts], config)
+            velocity = guide(predict_velocities(model, seen, brackets, latent, time, position), config)
             return latent - velocity * (time - following), None
         stop = start + len(list(run))
         latent, _ = jax.lax.scan(step, latent, (times[start:stop], times[start + 1:stop + 1]))

@@ -116,7 +116,7 @@ def read(generator: Generator, conversations: Sequence[Conversation], mode: Mode
             raise ValueError(f"images at place {place} come out at {sorted(shapes)}; one call needs one size")
         size = shapes.pop()
         state = generator.look(state, images, use_vae=not mode.understanding_output)
-        state = dataclasses.replace(state, unasked=state.main)
+        state = dataclasses.replace(state, unasked=state.main.view)
     return state, mode.image_shape or size
 
 

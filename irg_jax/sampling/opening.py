@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,11 +20,11 @@ T = TypeVar("T")
 RELEASED_VOCAB = 152064  # tells released weights from a model of one's own
 
 
-def load_generator(path: str, config: SamplingConfig, *, prompts: Mapping[str, str]
-                   ) -> tuple[Generator, dict[str, str]]:
+def load_generator(path: str, config: SamplingConfig, *, prompts: Mapping[str, str],
+                   mesh: jax.sharding.Mesh | None = None) -> tuple[Generator, dict[str, str]]:
     """A generator with the weights of a checkpoint, and which these are: path and sha256.
 
-    Args: prompts are checked before anything is compiled; keys name them in messages.
+    Args: prompts are checked before anything is compiled; keys name them in messages. For mesh see `Generator`.
     Raises: ValueError if there is no sound checkpoint, it has no tokenizer, or a prompt holds a
         control token.
     """
@@ -39,7 +40,19 @@ def load_generator(path: str, config: SamplingConfig, *, prompts: Mapping[str, s
     if name is None and model.config.llm.vocab_size == RELEASED_VOCAB:
         logging.warning("released weights run with another system prompt than they were trained "
                         "with; set system_prompt to @FILE with the published text")
-    return Generator(model, config), {"path": str(path), "sha256": _digest_weights(model)}
+    cache_programs()
+    return Generator(model, config, mesh=mesh), {"path": str(path), "sha256": _digest_weights(model)}
+
+
+def cache_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
+
+    Not those of CPUs: they take seconds, and XLA may load one there that was made for another processor
+    (github.com/jax-ml/jax/issues/38445).
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(root, "irg_jax", "programs"))
 
 
 def in_batches(items: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], list[T]]]:

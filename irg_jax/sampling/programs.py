@@ -1,5 +1,4 @@
 """The compiled programs a trajectory is made of; each reads its weights as an argument.
-
 They belong to the module, not to a generator, so models of one geometry share what was compiled.
 Axes: B contexts, H and W pixels, G latent tokens, V patches.
 """
@@ -10,16 +9,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Functional, Params
+from irg_jax.models.groups import pick
 from irg_jax.models.irg import IRG, make_autoencoder, normalize_pixels, pack_latent, unpack_latent
+from irg_jax.parallel.sharding import param_shardings, replicated
 from irg_jax.sampling import cache
 from irg_jax.sampling.cache import Context
 from irg_jax.sampling.config import FlowConfig, TextConfig
 from irg_jax.sampling.flow import Branches, draw_latent
-from irg_jax.sampling.text import Written, write_text
+from irg_jax.sampling.text import Writing, write_on
 
 
 class Weights(NamedTuple):
@@ -39,23 +42,46 @@ def autoencoder(config: ModelConfig) -> Functional:
     return Functional(lambda rngs: make_autoencoder(config, rngs=rngs))
 
 
+def place(params: Params, vae: Params, config: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Weights:
+    """Weights in the dtype that is computed in, on the devices of a mesh."""
+    put = lambda x, where: jax.device_put(x if x.dtype == dtype else x.astype(dtype), where)
+    there = param_shardings(pick(network(config).axes, params), params, mesh)
+    return Weights(jax.tree.map(put, params, there), jax.tree.map(lambda x: put(x, replicated(mesh)), vae))
+
+
 def _compiled(*static: str) -> Callable:
     return functools.partial(jax.jit, static_argnames=("config", *static))
 
 
-@_compiled()
+def _growing(*static: str) -> Callable:
+    """Compiles a function of weights, contexts and more that goes on with the contexts.
+
+    Their cache is donated, and written where it lies; views of them are left as they are.
+    """
+    def decorate(function: Callable) -> Callable:
+        @functools.partial(jax.jit, static_argnames=("config", *static), donate_argnames="kv")
+        def program(weights, kv, view, *arguments, **statics):
+            return function(weights, Context(kv, view), *arguments, **statics)
+
+        @functools.wraps(function)
+        def call(weights, context, *arguments, **statics):
+            return program(weights, *context, *arguments, **statics)
+        return call
+    return decorate
+
+
+@_growing()
 def read_text(weights: Weights, context: Context, tokens: Int[Array, "B T"],
               lengths: Int[Array, "B"], *, config: ModelConfig) -> Context:
     """See `cache.append_text`."""
     return cache.append_text(_model(weights, config), context, tokens, lengths)[0]
 
 
-@_compiled("bos", "eos", "settings", "want_logits")
-def write(weights: Weights, context: Context, keys: Key[Array, "B"], *, config: ModelConfig,
-          bos: int, eos: int, settings: TextConfig, want_logits: bool = False) -> Written:
-    """See `text.write_text`."""
-    return write_text(_model(weights, config), context, keys, bos=bos, eos=eos, config=settings,
-                      want_logits=want_logits)
+@_growing("eos", "settings")
+def write(weights: Weights, context: Context, writing: Writing, keys: Key[Array, "B"], *, config: ModelConfig,
+          eos: int, settings: TextConfig) -> tuple[Context, Writing]:
+    """See `text.write_on`."""
+    return write_on(_model(weights, config), context, writing, keys, eos=eos, config=settings)
 
 
 @_compiled("settings")
@@ -66,7 +92,7 @@ def draw(weights: Weights, branches: Branches, noise: Float[Array, "B G P*P*Z"],
     return draw_latent(_model(weights, config), branches, noise, position, brackets, settings)
 
 
-@_compiled()
+@_growing()
 def read_patches(weights: Weights, context: Context, patches: UInt8[Array, "B V P*P*3"],
                  position: Int[Array, "V"], brackets: Int[Array, "2"], *,
                  config: ModelConfig) -> Context:
@@ -74,7 +100,7 @@ def read_patches(weights: Weights, context: Context, patches: UInt8[Array, "B V 
     return cache.append_vit(_model(weights, config), context, brackets, patches, position)
 
 
-@_compiled()
+@_growing()
 def read_image(weights: Weights, context: Context, images: UInt8[Array, "B H W 3"],
                keys: Key[Array, "B"] | None, position: Int[Array, "G"],
                brackets: Int[Array, "2"], *, config: ModelConfig) -> Context:

@@ -26,44 +26,47 @@ class Written(NamedTuple):
     logits: Float[Array, "B M W"] | None
 
 
-class _State(NamedTuple):
-    step: Int[Array, ""]
-    context: Context
-    token: Int[Array, "B"]
+class Writing(NamedTuple):
+    """Texts under way. Their contexts go with them, and are thrown away at the end.
+
+    For a text is decoded, tokenised again and read as a block of its own.
+    """
+
+    step: Int[Array, ""]         # tokens of each text so far
+    token: Int[Array, "B"]       # the next ones to be read
     is_done: Bool[Array, "B"]
     written: Written
 
 
-def write_text(model: IRG, context: Context, keys: Key[Array, "B"], *, bos: int, eos: int,
-               config: TextConfig, want_logits: bool = False) -> Written:
-    """Decodes until every text has ended or `config.max_length` tokens are there.
+def begin_text(batch: int, *, bos: int, config: TextConfig, vocab_size: int | None = None) -> Writing:
+    """Nothing is written yet. Logits are kept if `vocab_size` is given."""
+    shape = (batch, config.max_length)
+    logits = None if vocab_size is None else jnp.zeros((*shape, vocab_size))
+    written = Written(jnp.zeros(shape, jnp.int32), jnp.zeros((batch,), jnp.int32), logits)
+    return Writing(jnp.int32(0), jnp.full((batch,), bos, jnp.int32), jnp.zeros((batch,), bool), written)
 
-    `context` needs room for `max_length` more tokens; what is written into it is thrown away, since
-    the text is decoded, tokenised again and read as a block of its own. A text depends on its key
-    and its context, not on its neighbours.
+
+def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B"], *, eos: int,
+             config: TextConfig) -> tuple[Context, Writing]:
+    """Decodes until every text has ended, `config.max_length` tokens are there, or the contexts are full.
+
+    A text depends on its key and its context, not on its neighbours, nor on where contexts were full.
     """
-    batch, longest = keys.shape[0], config.max_length
-    assert context.capacity >= longest
-    logits = jnp.zeros((batch, longest, model.config.llm.vocab_size)) if want_logits else None
-    ids = jnp.zeros((batch, longest), jnp.int32)
-    written = Written(ids, jnp.zeros((batch,), jnp.int32), logits)
-    context = context._replace(length=jnp.asarray(context.length, jnp.int32))
-    start = _State(jnp.int32(0), context, jnp.full((batch,), bos, jnp.int32),
-                   jnp.zeros((batch,), bool), written)
-
-    def body(state: _State) -> _State:
-        step, written = state.step, state.written
-        context, hidden = append_text(model, state.context, state.token[:, None],
-                                      jnp.ones((batch,), jnp.int32))
+    def body(state: tuple[Context, Writing]) -> tuple[Context, Writing]:
+        context, (step, token, is_done, written) = state
+        context, hidden = append_text(model, context, token[:, None], jnp.ones_like(token))
         logits = model.logits(hidden)[:, 0]
-        token = _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), config)
-        written = Written(written.ids.at[:, step].set(state.token),
-                          written.lengths + ~state.is_done,
-                          written.logits.at[:, step].set(logits) if want_logits else None)
-        return _State(step + 1, context, token, state.is_done | (token == eos), written)
+        following = _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), config)
+        written = Written(written.ids.at[:, step].set(token), written.lengths + ~is_done,
+                          None if written.logits is None else written.logits.at[:, step].set(logits))
+        return context, Writing(step + 1, following, is_done | (following == eos), written)
 
-    is_going = lambda state: (state.step < longest) & ~jnp.all(state.is_done)
-    return jax.lax.while_loop(is_going, body, start).written
+    def is_going(state: tuple[Context, Writing]):
+        context, writing = state
+        return ((writing.step < config.max_length) & ~jnp.all(writing.is_done)
+                & (context.view.length < context.view.capacity))
+    view = context.view._replace(length=jnp.asarray(context.view.length, jnp.int32))
+    return jax.lax.while_loop(is_going, body, (context._replace(view=view), writing))
 
 
 def _choose(logits: Float[Array, "B W"], keys: Key[Array, "B"], config: TextConfig

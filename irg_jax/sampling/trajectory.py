@@ -4,29 +4,34 @@
     for turns in generator.trajectories(["two red circles"], seeds=[0]):
         turns[1].text, turns[1].image
 
-A trajectory is a `State` that steps make a new one of: `begin`, `think`, `draw`, `look`. States are
-values: one can be kept, branched, or continued with another text or image than the model's own.
+A trajectory is a `State` that steps make a new one of: `begin`, `think`, `draw`, `look`, with the model's own
+texts and images or with others. Steps that read use a state up, as they write its cache where it lies; `fork`
+it first to go on from it twice.
 
 Axes: B prompts, H and W pixels, G latent tokens, Z values of a latent token.
 """
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from data_pipelines.images import grid_position, patchify, resize
 from data_pipelines.system_prompts import load_system_prompt
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Params
+from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
 from irg_jax.sampling import cache, programs
-from irg_jax.sampling.cache import Context
+from irg_jax.sampling.cache import Context, View
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 from irg_jax.sampling.flow import Branches
-from irg_jax.sampling.text import Written
+from irg_jax.sampling.text import Written, begin_text
 
 NOISE, TEXT, POSTERIOR = range(3)  # what a random number is for
 
@@ -47,20 +52,51 @@ class Turn:
     text: str
     image: np.ndarray
 
+    def change(self, last: "Turn") -> float:
+        """Mean difference from an earlier image in grey levels; infinite if it has another size."""
+        if self.image.shape != last.image.shape:
+            return math.inf
+        return float(np.abs(self.image.astype(np.int16) - last.image).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a user brings for a prompt: think texts of the first turns, None for the model's, and an image."""
+
+    texts: tuple[str | None, ...] = ()
+    image: np.ndarray | None = None    # uint8 [H, W, 3], in place of the first one drawn
+
+    def text(self, turn: int) -> str | None:
+        return self.texts[turn] if turn < len(self.texts) else None
+
+
+class Text(NamedTuple):
+    """Texts between their brackets, padded to one length."""
+
+    tokens: np.ndarray    # int32 [B, T]
+    lengths: np.ndarray   # int32 [B]
+
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """B trajectories on their way; the contexts are what the next text or image is made after.
+    """B trajectories on their way; `main` is what the next text or image is made after.
 
-    For guidance two more are kept: `unasked` lacks what the next image is to follow (turn 1: all
-    but the system prompt; later: the newest think text), `unseen` has every text and no image.
+    For guidance two moments of it are kept: `unasked` lacks what the next image is to follow (turn 1: all but
+    the system prompt; later: the newest think text), `unseen` has every text and no image: what it was before
+    the first one, and the texts since then, which are read when an image is drawn that asks for them.
     """
 
     main: Context
-    unasked: Context
-    unseen: Context
-    seeds: np.ndarray  # uint32 [B]
-    turn: int = 0      # images looked at so far
+    unasked: View
+    unseen: View
+    unread: tuple[Text, ...]   # after `unseen`
+    seeds: np.ndarray          # uint32 [B]
+    turn: int = 0              # images looked at so far
+
+
+def fork(state: State) -> State:
+    """The same state once more, with a cache of its own."""
+    return dataclasses.replace(state, main=cache.fork(state.main, state.main.view))
 
 
 def draw_noise(seeds: np.ndarray, turn: int, shape: tuple[int, int]) -> jax.Array:
@@ -71,48 +107,91 @@ def draw_noise(seeds: np.ndarray, turn: int, shape: tuple[int, int]) -> jax.Arra
 class Generator:
     """Draws with one model. Raises ValueError if the configured size does not suit the model."""
 
-    def __init__(self, model: LoadedModel, config: SamplingConfig, *,
+    def __init__(self, model: LoadedModel, config: SamplingConfig, *, mesh: Mesh | None = None,
                  draw_noise: Callable[[np.ndarray, int, tuple[int, int]], jax.Array] = draw_noise):
-        """Args: draw_noise replaces the initial noise of images; its arguments are its own's."""
-        dtype = jnp.dtype(config.dtype)
-        to_device = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+        """Args: mesh is that of this process's devices to draw on, the first one alone by default.
+            draw_noise replaces the initial noise of images; its arguments are its own's.
+        """
         self.model_config, self.config, self.tokenizer = model.config, config, model.tokenizer
-        self._weights = programs.Weights(to_device(model.params), to_device(model.vae))
+        self._mesh = mesh or _default_mesh()
+        dtype = jnp.dtype(config.dtype)
+        self._weights = programs.place(model.params, model.vae, model.config, dtype, self._mesh)
         self._draw_noise = draw_noise
         self._brackets = np.array([self.tokenizer.start_of_image, self.tokenizer.end_of_image],
                                   np.int32)
         self._check_transforms()
         self._latent_position(config.height, config.width)
-        self._empty = cache.make_empty(model.config, 1, config.cache_multiple, dtype)
-        prompt = load_system_prompt(config.system_prompt)
-        self._system = self.append_text(self._empty, [prompt]) if prompt else self._empty
+        # Of the contexts that all prompts begin with, one a shard of the batch.
+        self._ways = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
+        empty = cache.make_empty(model.config, self._ways, config.cache_multiple, dtype)
+        self._empty = self._system = jax.device_put(empty, cache.context_shardings(empty, self._mesh))
+        if prompt := load_system_prompt(config.system_prompt):
+            self._system = self.append_text(cache.fork(self._empty, self._empty.view), [prompt] * self._ways)
 
-    def trajectories(self, prompts: Sequence[str], *, seeds: Sequence[int],
-                     num_turns: int | None = None) -> list[tuple[Turn, ...]]:
-        """The turns of each prompt; `num_turns` as configured if None. One turn is self-CoT."""
+    def trajectories(self, prompts: Sequence[str], *, seeds: Sequence[int], num_turns: int | None = None,
+                     given: Sequence[Given] = ()) -> list[tuple[Turn, ...]]:
+        """The turns of each prompt; `num_turns` as configured if None. One turn is self-CoT.
+
+        A prompt has fewer where `stop_text` or `stop_change` of the configuration ends it.
+
+        Args: given is what takes the place of the model's own texts and images, one a prompt if any.
+        """
+        given = given or [Given()] * len(prompts)
+        counts, is_over = np.zeros(len(prompts), int), np.zeros(len(prompts), bool)
         state, turns = self.begin(prompts, seeds=seeds), []
-        num_turns = num_turns or self.config.num_turns
-        for number in range(num_turns):
-            texts, state = self.think(state)
-            images = self.draw(state)
+        for number in range(num_turns or self.config.num_turns):
+            if is_over.all():
+                break
+            if number:
+                state = self._look_again(state, prompts, turns)
+            texts = _fill([each.text(number) for each in given], lambda: self.decode(self.write(state)))
+            if number and self.config.stop_text:
+                is_over |= [re.search(self.config.stop_text, text) is not None for text in texts]
+                if is_over.all():
+                    break
+            _, state = self.think(state, texts)
+            images = _fill([None if number else each.image for each in given], lambda: self.draw(state))
             turns.append([Turn(text, image) for text, image in zip(texts, images, strict=True)])
-            if number + 1 < num_turns:
-                state = self.look(state, images)
-        return list(zip(*turns, strict=True))
+            counts += ~is_over
+            if number:
+                is_over |= [turn.change(last) < self.config.stop_change for turn, last in zip(*turns[:-3:-1])]
+        return [tuple(turn[i] for turn in turns[:count]) for i, count in enumerate(counts)]
+
+    def _look_again(self, state: State, prompts: Sequence[str], turns: Sequence[Sequence[Turn]]) -> State:
+        """The state after a look at the newest images; turns that the window leaves out were never there."""
+        first = len(turns) - self.config.window
+        if not self.config.window or first <= 0:
+            return self.look(state, [turn.image for turn in turns[-1]])
+        state = self.begin(prompts, seeds=state.seeds)
+        for number, each in enumerate(turns[first:], first):
+            # What is drawn at random is that of the turn's own number.
+            _, state = self.think(dataclasses.replace(state, turn=number), [turn.text for turn in each])
+            state = self.look(state, [turn.image for turn in each])
+        return state
 
     def text_to_image(self, prompts: Sequence[str], *, seeds: Sequence[int]) -> list[Turn]:
         """Plain drawing: no system prompt, no thinking, guided away from an empty context."""
         state = self.begin(prompts, seeds=seeds, system=False)
         return [Turn("", image) for image in self.draw(state)]
 
+    def fit_batch(self, size: int) -> int:
+        """The least number of trajectories, from `size` and 1 on, that the mesh deals evenly."""
+        return _round_up(max(size, 1), self._ways)
+
     def start(self, seeds: Sequence[int], *, system: bool = True) -> State:
-        """Nothing is said yet but the system prompt if `system`."""
-        context = cache.repeat(self._system if system else self._empty, len(seeds))
-        return State(context, context, context, np.asarray(seeds, np.uint32))
+        """Nothing is said yet but the system prompt if `system`.
+
+        Raises: ValueError if the mesh does not deal so many trajectories evenly.
+        """
+        if len(seeds) % self._ways:
+            raise ValueError(f"{len(seeds)} trajectories at once do not deal over {dict(self._mesh.shape)}; "
+                             f"let batch_size be a multiple of data x fsdp = {self._ways}")
+        context = cache.repeat(self._system if system else self._empty, len(seeds) // self._ways)
+        return State(context, context.view, context.view, (), np.asarray(seeds, np.uint32))
 
     def ask(self, state: State, texts: Sequence[str]) -> State:
         """Reads what the user says."""
-        return self._read(state, texts, unasked=state.main)
+        return self._read(state, texts, unasked=state.main.view)
 
     def begin(self, prompts: Sequence[str], *, seeds: Sequence[int], system: bool = True) -> State:
         """Reads the prompts, after the system prompt if `system`."""
@@ -121,16 +200,13 @@ class Generator:
     def think(self, state: State, texts: Sequence[str] | None = None) -> tuple[list[str], State]:
         """Writes a text for each prompt, or takes `texts` as written; then reads them."""
         texts = self.decode(self.write(state)) if texts is None else list(texts)
-        return texts, self._read(state, texts, unasked=state.main if state.turn else state.unasked)
+        return texts, self._read(state, texts, unasked=state.main.view if state.turn else state.unasked)
 
     def draw(self, state: State, *, flow: FlowConfig | None = None, height: int | None = None,
              width: int | None = None) -> np.ndarray:
         """Images uint8 [B, H, W, 3]; settings of the turn and the configured size if not given."""
         height, width = height or self.config.height, width or self.config.width
-        latent = self.draw_latent(state, flow=flow, height=height, width=width)
-        rows = height // self.model_config.pixels_per_token
-        image = programs.decode(self._weights, latent, config=self.model_config, height=rows)
-        return np.asarray(image)
+        return self.show(self.draw_latent(state, flow=flow, height=height, width=width), height)
 
     def look(self, state: State, images: Sequence[np.ndarray], *, use_vae: bool = True) -> State:
         """Reads images uint8 [H, W, 3] of one size: clean latents if `use_vae`, then by the ViT."""
@@ -141,41 +217,69 @@ class Generator:
         return dataclasses.replace(state, main=main, turn=state.turn + 1)
 
     def write(self, state: State, *, settings: TextConfig | None = None, want_logits: bool = False) -> Written:
-        """The next text as ids, see `text.Written`; the state is as it was. Settings as configured if None."""
-        settings = settings or self.config.text
-        context = self._reserve(state.main, settings.max_length)
-        return programs.write(self._weights, context, _keys(state.seeds, state.turn, TEXT),
-                              config=self.model_config, bos=self.tokenizer.bos,
-                              eos=self.tokenizer.eos, settings=settings, want_logits=want_logits)
+        """The next text as ids, see `text.Written`; the state is as it was. Settings as configured if None.
+
+        Every token reads the whole cache, so that grows as texts do and not to their greatest length at once.
+        """
+        settings, multiple = settings or self.config.text, self.config.cache_multiple
+        keys = _keys(state.seeds, state.turn, TEXT)
+        writing = begin_text(len(keys), bos=self.tokenizer.bos, config=settings,
+                             vocab_size=self.model_config.llm.vocab_size if want_logits else None)
+        context = self._reserve(fork(state).main, min(settings.max_length, -(-multiple // 2)))
+        while True:
+            context, writing = self._run(programs.write, context, writing, keys, eos=self.tokenizer.eos,
+                                         settings=settings)
+            if writing.step == settings.max_length or np.all(writing.is_done):
+                return writing.written
+            context = cache.enlarge(context, context.view.capacity + multiple)
 
     def draw_latent(self, state: State, *, flow: FlowConfig | None = None, height: int,
                     width: int) -> jax.Array:
         """Finished latents float32 [B, G, Z]."""
-        config = self.model_config
-        position = self._latent_position(height, width)
-        noise = self._draw_noise(state.seeds, state.turn, (len(position), config.latent_channels))
-        branches = Branches(state.main, state.unasked, state.unseen)
-        return programs.draw(self._weights, branches, noise, position, self._brackets,
-                             config=config, settings=flow or self.config.flow(state.turn))
+        flow, position = flow or self.config.flow(state.turn), self._latent_position(height, width)
+        noise = self._draw_noise(state.seeds, state.turn, (len(position), self.model_config.latent_channels))
+        unseen = self.without_images(state) if flow.needs_cfg_img else None
+        branches = Branches(state.main, state.unasked, unseen)
+        return self._run(programs.draw, branches, noise, position, self._brackets, settings=flow)
 
-    def _read(self, state: State, texts: Sequence[str], *, unasked: Context) -> State:
-        main = self.append_text(state.main, texts)
-        # Until the first image both are the same context, and stay one.
-        unseen = main if state.unseen is state.main else self.append_text(state.unseen, texts)
-        return dataclasses.replace(state, main=main, unseen=unseen, unasked=unasked)
+    def show(self, latent: jax.Array, height: int) -> np.ndarray:
+        """Finished latents of images of `height` pixels as uint8 [B, H, W, 3]."""
+        rows = height // self.model_config.pixels_per_token
+        return np.asarray(self._run(programs.decode, latent, height=rows))
+
+    def without_images(self, state: State) -> View | Context:
+        """What was read but for all images: an earlier moment of the state's context, or one of its own."""
+        if not state.unread:
+            return state.unseen
+        context = cache.fork(state.main, state.unseen)
+        for text in state.unread:
+            context = self._append_text(context, text)
+        return context
+
+    def _read(self, state: State, texts: Sequence[str], *, unasked: View) -> State:
+        text = self._tokenize(texts)
+        main = self._append_text(state.main, text)
+        unseen, unread = (state.unseen, (*state.unread, text)) if state.turn else (main.view, ())
+        return dataclasses.replace(state, main=main, unasked=unasked, unseen=unseen, unread=unread)
 
     def append_text(self, context: Context, texts: Sequence[str]) -> Context:
-        """One context more, with a text after each of its rows."""
+        """The contexts with a text after each."""
+        return self._append_text(context, self._tokenize(texts))
+
+    def _tokenize(self, texts: Sequence[str]) -> Text:
         ids = [[self.tokenizer.bos, *self.tokenizer.encode(text), self.tokenizer.eos]
                for text in texts]
         lengths = np.array([len(row) for row in ids], np.int32)
         tokens = np.zeros((len(ids), _round_up(lengths.max(), self.config.text_multiple)), np.int32)
         for row, values in zip(tokens, ids):
             row[:len(values)] = values
-        return self._append(programs.read_text, context, tokens.shape[1], tokens, lengths)
+        return Text(tokens, lengths)
+
+    def _append_text(self, context: Context, text: Text) -> Context:
+        return self._append(programs.read_text, context, text.tokens.shape[1], *text)
 
     def _append_latents(self, context: Context, images, state: State) -> Context:
-        pixels = np.stack([resize(image, self.config.vae_transform) for image in images])
+        pixels = _stack([resize(image, self.config.vae_transform) for image in images])
         position = self._latent_position(*pixels.shape[1:3])
         is_sampled = self.config.posterior == "sample"
         keys = _keys(state.seeds, state.turn, POSTERIOR) if is_sampled else None
@@ -183,7 +287,7 @@ class Generator:
                             pixels, keys, position, self._brackets)
 
     def _append_patches(self, context: Context, images) -> Context:
-        pixels = [resize(image, self.config.vit_transform) for image in images]
+        pixels = _stack([resize(image, self.config.vit_transform) for image in images])
         patch, side = self.model_config.vit.patch_size, self.model_config.vit_max_num_patch_per_side
         position = grid_position(*(size // patch for size in pixels[0].shape[:2]), side)
         patches = np.stack([patchify(image, patch) for image in pixels])
@@ -192,13 +296,19 @@ class Generator:
 
     def _append(self, program: Callable[..., Context], context: Context, num_tokens: int,
                 *arguments: Any) -> Context:
-        context = self._reserve(context, num_tokens)
-        after = program(self._weights, context, *arguments, config=self.model_config)
+        roomy = self._reserve(context, num_tokens)
+        if roomy is not context:   # used up in any case
+            jax.tree.map(lambda x: x.delete(), context.kv)
+        after = self._run(program, roomy, *arguments)
         # The host knows the length; reading it back would wait for the device.
-        return after._replace(length=context.length + num_tokens)
+        return after._replace(view=after.view._replace(length=context.view.length + num_tokens))
+
+    def _run(self, program: Callable[..., Any], *arguments: Any, **statics: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return program(self._weights, *arguments, config=self.model_config, **statics)
 
     def _reserve(self, context: Context, num_tokens: int) -> Context:
-        capacity = _round_up(context.length + num_tokens, self.config.cache_multiple)
+        capacity = _round_up(context.view.length + num_tokens, self.config.cache_multiple)
         return cache.enlarge(context, capacity)
 
     def decode(self, written: Written) -> list[str]:
@@ -224,10 +334,30 @@ class Generator:
         return grid_position(height // pixels, width // pixels, side)
 
 
+def _default_mesh() -> Mesh:
+    """The one that is set, or the first device of this process."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh(MeshConfig(fsdp=1), jax.local_devices()[:1]) if mesh.empty else mesh
+
+
 def _keys(seeds: np.ndarray, turn: int, purpose: int) -> jax.Array:
     """Random keys [B] that no other prompt, turn or purpose shares."""
     data = jnp.uint32(3 * turn + purpose)
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), data))(seeds)
+
+
+def _fill(given: Sequence[Any], make: Callable[[], Sequence[Any]]) -> list[Any]:
+    """What is given, and where that is None, what is made."""
+    if all(each is not None for each in given):
+        return list(given)
+    return [made if each is None else each for each, made in zip(given, make(), strict=True)]
+
+
+def _stack(images: Sequence[np.ndarray]) -> np.ndarray:
+    sizes = {image.shape[:2] for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"images come out at {sorted(sizes)} (height, width); those of one call need one size")
+    return np.stack(images)
 
 
 def _round_up(number: int, multiple: int) -> int:
