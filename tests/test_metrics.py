@@ -1,6 +1,7 @@
 """What is told of a step, and to whom."""
 
 import json
+import resource
 import sys
 import types
 
@@ -10,7 +11,7 @@ import tqdm
 from PIL import Image
 
 from irg_jax.training.goodput import Ledger
-from irg_jax.training.metrics import EventLog, MetricWriter, Progress
+from irg_jax.training.metrics import EventLog, LineFile, MetricWriter, Progress
 from test_loop import base, config  # noqa: F401 (a fixture)
 
 STEP = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "tokens": 100, "finite": True, "ce/full": np.nan,
@@ -60,3 +61,19 @@ def test_weights_and_biases_are_told_by_option_offline_first(base, tmp_path, wan
 def test_weights_and_biases_that_are_not_there_are_asked_for(base):  # noqa: F811
     with pytest.raises(ValueError, match="pip install wandb"):
         config(base, wandb="online")
+
+
+def test_a_full_disk_tears_no_line(tmp_path):
+    """A limit on the size of files stands for the disk: like that, it takes a part of the line first."""
+    file, line = LineFile(tmp_path / "metrics.jsonl"), {"step": 1, "text": "x" * 100}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    file.write(line)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, before[1]))
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            file.write(line)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    file.write(line)
+    file.close()
+    assert [json.loads(each) for each in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [line, line]

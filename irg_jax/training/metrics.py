@@ -6,6 +6,7 @@ signals, skipped steps, bad records, checkpoints set aside, phases, changes of t
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -31,14 +32,18 @@ _NAMED = 50    # records of a skipped step
 
 
 class LineFile:
-    """JSON lines, each appended by one write, so that a kill cannot tear one in two."""
+    """JSON lines, each appended by one write: neither a kill nor a full disk tears one in two."""
 
     def __init__(self, path: pathlib.Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        data = (json.dumps(line) + "\n").encode()
+        written = os.write(self._file, data)
+        if written < len(data):    # what the disk still took; the next write would say no more than this
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         os.close(self._file)
