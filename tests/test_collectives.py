@@ -182,3 +182,24 @@ def test_a_batched_matmul_counts_what_meets_also_as_a_convolution():
     product = jax.jit(lambda x, y: jnp.einsum("bij,bjk->bik", x, y))
     text = product.lower(jnp.ones((3, 8, 16)), jnp.ones((3, 16, 4))).compile().as_text()
     assert measure_work(Module(text)).flops == measure_work(Module(WINDOW)).flops == 2 * 3 * 8 * 16 * 4
+
+
+FETCHED = """HloModule fetched
+%part (stack: bf16[28,64,128]) -> bf16[1,64,128] {
+  %stack = bf16[28,64,128]{2,1,0} parameter(0)
+  ROOT %one = bf16[1,64,128]{2,1,0:S(1)} slice(%stack), slice={[3:4], [0:64], [0:128]}
+}
+
+ENTRY %main (w: bf16[28,64,128]) -> bf16[1,64,128] {
+  %w = bf16[28,64,128]{2,1,0} parameter(0)
+  %begin = ((bf16[28,64,128]{2,1,0}), bf16[1,64,128]{2,1,0:S(1)}, s32[]{:S(2)}) async-start(%w), calls=%part
+  %taken = bf16[1,64,128]{2,1,0:S(1)} async-done(%begin)
+  %back = (bf16[1,64,128]{2,1,0}, bf16[1,64,128]{2,1,0:S(1)}, u32[]{:S(2)}) copy-start(%taken)
+  ROOT %out = bf16[1,64,128]{2,1,0} copy-done(%back)
+}
+"""
+
+
+def test_what_is_fetched_ahead_counts_once():
+    """A slice of a stack into a chip's own memory, and a copy out of it: a layer each."""
+    assert measure_work(Module(FETCHED)).hbm_bytes == 2 * 64 * 128 * 2.0

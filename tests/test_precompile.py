@@ -147,6 +147,15 @@ def test_a_program_that_is_refused_is_reported_all_the_same(libtpu):
     assert found["peak_hbm_gib"] == pytest.approx(found["state_gib"] + found["temp_gib"], rel=0.01)
 
 
+def test_a_token_of_text_reads_its_weights_once(libtpu):
+    """One expert, the head, and the cache: with layers scanned, too, nothing is copied."""
+    found = report("--topology", "v6e:1x1", "--program", "write", "--mesh", "fsdp=1")
+    layer = 3584 * (2 * 3584 + 2 * 512 + 3 * 18944)
+    once = 2 * (28 * (layer + 2 * 512 * 10240) + 3584 * 152064)
+    assert found["fits"] and found["texts"] == 1
+    assert once / 1.64e12 < found["roofline_seconds"]["hbm"] < 1.02 * once / 1.64e12
+
+
 @pytest.mark.slow
 def test_drawing_fits_one_v6e_chip(libtpu):
     found = report("--topology", "v6e:1x1", "--program", "generate", "--mesh", "fsdp=1")

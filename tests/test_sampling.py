@@ -234,4 +234,7 @@ def test_the_miniature_config_is_sound(size):
     assert config.flow(0).cfg_renorm_type == "global"
     assert config.flow(1) == config.flow(2) == config.turn2
     default = SamplingConfig()
+    full = from_config_dict(SamplingConfig, load_config("configs/irgl_generate.py"))
+    assert dataclasses.replace(full, text_multiple=default.text_multiple,
+                               cache_multiple=default.cache_multiple) == default
     assert (default.turn1.cfg_interval, default.turn2.cfg_interval) == ((0.4, 1.0), (0.0, 1.0))

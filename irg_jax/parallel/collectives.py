@@ -157,10 +157,19 @@ def _traffic(module: Module, instruction: Instruction, block: dict[str, Instruct
         return 2 * size(instruction)
     if instruction.op == "dynamic-update-slice":
         return 2 * size(block[instruction.operands[1]])
+    if instruction.op == "copy-start":       # its result: what is written, what is read, a mark
+        return size(dataclasses.replace(instruction, arrays=instruction.arrays[:2]))
+    if instruction.op == "async-start" and _root(module, instruction.called[0]).op in ("dynamic-slice", "slice"):
+        part = instruction.arrays[-2]    # behind the operands, and before a mark
+        return part.size * ((not part.memory) + (not block[instruction.operands[0]].arrays[0].memory))
     inside = module.computations[instruction.called[0]] if instruction.op == "fusion" else {}
     read = sum(_read(module, inside, index, size(block[name]))
                for index, name in enumerate(instruction.operands))
     return read + _written(inside, size(instruction))
+
+
+def _root(module: Module, name: str) -> Instruction:
+    return next(each for each in module.computations[name].values() if each.is_root)
 
 
 def _read(module: Module, inside: dict[str, Instruction], index: int, whole: float) -> float:
