@@ -159,7 +159,8 @@ def _traffic(module: Module, instruction: Instruction, block: dict[str, Instruct
         return 2 * size(block[instruction.operands[1]])
     if instruction.op == "copy-start":       # its result: what is written, what is read, a mark
         return size(dataclasses.replace(instruction, arrays=instruction.arrays[:2]))
-    if instruction.op == "async-start" and _root(module, instruction.called[0]).op in ("dynamic-slice", "slice"):
+    if (instruction.op == "async-start"
+            and _root(module, instruction.called[0]).op in ("dynamic-slice", "slice")):
         part = instruction.arrays[-2]    # behind the operands, and before a mark
         return part.size * ((not part.memory) + (not block[instruction.operands[0]].arrays[0].memory))
     inside = module.computations[instruction.called[0]] if instruction.op == "fusion" else {}
