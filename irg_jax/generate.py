@@ -21,7 +21,9 @@ where all but the prompt may be missing: `texts` take the place of think texts o
 first picture.
 """
 
+import collections
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -83,17 +85,24 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
              checkpoint: dict[str, str], out: str | pathlib.Path) -> Pace:
     """Draws every prompt that has no folder in `out` yet. What is drawn for one depends on no other.
 
-    Raises: ValueError if `out` holds anything else than parts of this very run.
+    Raises: ValueError if `out` holds anything else than parts of this very run, or there are more texts than
+        turns.
     """
     out, start, first = pathlib.Path(out), time.perf_counter(), None
     common = {"num_turns": num_turns, "checkpoint": checkpoint, "settings": describe_settings(generator.config)}
-    missing = []
+    missing = collections.defaultdict(list)    # a batch looks at images of one size
     for number, order in enumerate(orders):
+        if len(order.given.texts) > num_turns:
+            raise ValueError(f"prompt {number + 1} brings {len(order.given.texts)} texts for {num_turns} "
+                             "turns; leave some out, or give --num_turns")
         folder, request = out / f"{number:04d}", order.request(seed) | common
         if not _is_drawn(folder, request):
-            missing.append((folder, request, order.given))
-    progress = tqdm(total=len(orders), initial=len(orders) - len(missing), unit="prompt", disable=None)
-    for batch, padded in in_batches(missing, generator.fit_batch(min(batch_size, len(missing)))):
+            missing[generator.sizes_seen(order.given.image)].append((folder, request, order.given))
+    count = sum(map(len, missing.values()))
+    progress = tqdm(total=len(orders), initial=len(orders) - count, unit="prompt", disable=None)
+    batches = itertools.chain.from_iterable(
+        in_batches(group, generator.fit_batch(min(batch_size, len(group)))) for group in missing.values())
+    for batch, padded in batches:
         drawn = generator.trajectories([request["prompt"] for _, request, _ in padded], num_turns=num_turns,
                                        seeds=[request["seed"] for _, request, _ in padded],
                                        given=[given for _, _, given in padded])
@@ -104,8 +113,8 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
     progress.close()
     if first is None:
         return Pace(0)
-    rest = len(missing) - first[0]
-    return Pace(len(missing), first[1], (time.perf_counter() - start - first[1]) / rest if rest else None)
+    rest = count - first[0]
+    return Pace(count, first[1], (time.perf_counter() - start - first[1]) / rest if rest else None)
 
 
 def read_orders(path: str | pathlib.Path) -> list[Order]:

@@ -140,6 +140,12 @@ def test_a_line_may_bring_texts_a_picture_and_a_seed(loaded, tmp_path):
     assert (folder / "turn2.txt").read_text() == "draw it in blue\n"
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "turn1.png")), picture)
     np.testing.assert_array_equal(np.asarray(Image.open(folder / "turn2.png")), generator.draw(state)[0])
+    # Prompts whose pictures have other sizes do not share a batch.
+    orders = [order._replace(given=Given(("a",))), order, Order("two stars")]
+    assert draw(loaded, tmp_path / "more", orders, batch_size=3) == 3
+    assert (tmp_path / "more" / "0001" / "turn2.png").read_bytes() == (folder / "turn2.png").read_bytes()
+    with pytest.raises(ValueError, match="prompt 1 brings 2 texts for 1 turns"):
+        draw(loaded, tmp_path / "few", [order], num_turns=1)
 
 
 def run(module: str, *arguments: str) -> subprocess.CompletedProcess:

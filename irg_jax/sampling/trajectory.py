@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines.images import grid_position, patchify, resize
+from data_pipelines.images import grid_position, patchify, resize, target_size
 from data_pipelines.system_prompts import load_system_prompt
 from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Params
@@ -177,6 +177,12 @@ class Generator:
     def fit_batch(self, size: int) -> int:
         """The least number of trajectories, from `size` and 1 on, that the mesh deals evenly."""
         return _round_up(max(size, 1), self._ways)
+
+    def sizes_seen(self, image: np.ndarray | None) -> tuple[tuple[int, int], ...]:
+        """At which sizes an image (None: one that is drawn) is looked at; those of one `look` are equal."""
+        height, width = (self.config.height, self.config.width) if image is None else image.shape[:2]
+        return tuple(target_size(width, height, transform)
+                     for transform in (self.config.vae_transform, self.config.vit_transform))
 
     def start(self, seeds: Sequence[int], *, system: bool = True) -> State:
         """Nothing is said yet but the system prompt if `system`.
