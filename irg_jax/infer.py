@@ -28,7 +28,7 @@ SETTINGS = {
     flags.DEFINE_integer: ("num_turns", "max_think_token_n", "num_timesteps"),
     flags.DEFINE_float: ("text_temperature", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min",
                          "timestep_shift"),
-    flags.DEFINE_string: ("cfg_renorm_type",),
+    flags.DEFINE_string: ("cfg_renorm_type", "solver"),
     flags.DEFINE_list: ("cfg_interval", "image_shape"),
 }
 

@@ -138,7 +138,7 @@ def test_options_are_told_by_what_a_chip_carries():
 
 
 def test_a_program_that_is_refused_is_reported_all_the_same(libtpu):
-    ended = precompile("--config", "configs/irgl_stage1.py", "--topology", "v6e:1x1", "--program", "generate",
+    ended = precompile("--config", "configs/irgl_stage1.py", "--topology", "v6e:1x1", "--program", "write",
                        "--mesh", "fsdp=1", "--context", "98304")
     assert ended.returncode == 1, ended.stderr[-2000:]
     found = json.loads(ended.stdout[ended.stdout.index("{"):])

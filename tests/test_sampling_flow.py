@@ -110,6 +110,30 @@ def test_a_straight_flow_is_followed_to_its_end(monkeypatch):
     assert distance(drawn, target) < 1e-5
 
 
+def test_adams_converges_by_the_square_of_the_steps(monkeypatch):
+    """dx/dt = x from 1 to 0 ends on x / e; twice the steps leave half Euler's error and a quarter of Adams'."""
+    monkeypatch.setattr(flow, "predict_velocities", lambda model, seen, brackets, latent, t, position: [latent])
+
+    def error(solver: str, steps: int) -> float:
+        config = FlowConfig(num_timesteps=steps + 1, timestep_shift=1.5, cfg_text_scale=1.0, solver=solver)
+        return distance(draw_latent(None, Branches(cache.Context(None, None), None), NOISE, POSITION, BRACKETS,
+                                    config), NOISE / np.e)
+    for solver, factor in (("euler", 2), ("adams", 4)):
+        assert error(solver, 10) / error(solver, 20) == pytest.approx(factor, rel=0.15)
+    assert error("adams", 10) < error("euler", 10) / 10
+
+
+def test_adams_starts_anew_where_guidance_ends():
+    config = FlowConfig(num_timesteps=9, cfg_interval=(0.5, 0.95))
+    times = timesteps(config)
+    is_guided = (times[:-1] > 0.5) & (times[:-1] <= 0.95)
+    weights, length = flow._weights(times, is_guided), -np.diff(times)
+    leaps = [0, *(np.flatnonzero(is_guided[1:] != is_guided[:-1]) + 1)]
+    assert len(leaps) == 3 and (weights[leaps] == 0).all()
+    others = np.setdiff1d(np.arange(8), leaps)
+    np.testing.assert_allclose(weights[others], length[others] / length[others - 1] / 2, rtol=1e-6)
+
+
 def test_only_the_branches_that_a_step_needs_are_run(model, monkeypatch, branches):
     seen = []
 

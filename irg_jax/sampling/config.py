@@ -18,6 +18,8 @@ class FlowConfig:
     cfg_interval: tuple[float, float] = (0.4, 1.0)  # guided where low < t <= high, t shifted
     cfg_renorm_type: Literal["global", "channel", "text_channel"] = "global"
     cfg_renorm_min: float = 0.0  # the lower clamp of the rescale; the upper is 1
+    # "adams" follows how the velocity changes (Adams-Bashforth of order 2): for fewer steps.
+    solver: Literal["euler", "adams"] = "euler"
 
     def __post_init__(self):
         if self.num_timesteps < 2 or self.timestep_shift <= 0:

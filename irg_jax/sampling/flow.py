@@ -1,4 +1,4 @@
-"""Draws an image after each of B contexts: Euler steps from noise, steered by guidance.
+"""Draws an image after each of B contexts: steps from noise, steered by guidance.
 
 Axes: B contexts, G latent tokens, C values of a latent token.
 Source: `generate_image` and `_forward_flow` of BAGEL's modeling/bagel/bagel.py.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from irg_jax.models.irg import IRG
 from irg_jax.models.joint import KeyValue
@@ -50,7 +50,7 @@ def timesteps(config: FlowConfig) -> Float[np.ndarray, "N"]:
 def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
                 position: Int[Array, "G"], brackets: Int[Array, "2"], config: FlowConfig
                 ) -> Float[Array, "B G C"]:
-    """The latent at t = 0, in float32, after `num_timesteps - 1` Euler steps from `noise`.
+    """The latent at t = 0, in float32, after `num_timesteps - 1` steps from `noise`.
 
     Only the branches that a step needs are run, all in one pass. Which these are is known before compiling, so
     the steps fall into a few scans, guided or not.
@@ -59,17 +59,35 @@ def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
     low, high = np.float32(config.cfg_interval)
     is_guided = (times[:-1] > low) & (times[:-1] <= high) & (config.cfg_text_scale > 1)
     latent, start = noise.astype(jnp.float32), 0
+    weights = _weights(times, is_guided) if config.solver == "adams" else None
     for guided, run in itertools.groupby(is_guided):
         seen = branches.seen(config) if guided else [(branches.main.kv, [branches.main.view])]
 
-        def step(latent, time_and_next, seen=seen):
-            time, following = time_and_next
+        def step(carry, point, seen=seen):
+            latent, last = carry
+            time, following, weight = point
             velocity = guide(predict_velocities(model, seen, brackets, latent, time, position), config)
-            return latent - velocity * (time - following), None
+            if weight is None:
+                return (latent - velocity * (time - following), None), None
+            return (latent - (velocity + weight * (velocity - last)) * (time - following), velocity), None
         stop = start + len(list(run))
-        latent, _ = jax.lax.scan(step, latent, (times[start:stop], times[start + 1:stop + 1]))
+        last, share = (None, None) if weights is None else (jnp.zeros_like(latent), weights[start:stop])
+        points = times[start:stop], times[start + 1:stop + 1], share
+        (latent, _), _ = jax.lax.scan(step, (latent, last), points)
         start = stop
     return latent
+
+
+def _weights(times: Float[np.ndarray, "N"], is_guided: Bool[np.ndarray, "N-1"]
+             ) -> Float[np.ndarray, "N-1"]:
+    """How much of the change since the last velocity a step adds: half its length over the last one's.
+
+    None where there is no last one, or where guidance begins or ends: there the velocity leaps.
+    """
+    length = times[:-1] - times[1:]
+    goes_on = is_guided[1:] == is_guided[:-1]
+    rest = np.where(goes_on, 0.5 * length[1:] / length[:-1], 0)
+    return np.concatenate([np.zeros(1), rest]).astype(np.float32)
 
 
 def guide(velocities: list[Velocity], config: FlowConfig) -> Velocity:

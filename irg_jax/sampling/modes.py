@@ -51,6 +51,7 @@ class ModeConfig:
     cfg_renorm_min: float | None = None
     timestep_shift: float | None = None
     num_timesteps: int | None = None
+    solver: Literal["euler", "adams"] | None = None
 
     def __post_init__(self):
         if self.num_turns < 1:
