@@ -128,6 +128,7 @@ def test_any_mesh_draws_the_same(on_one_device, config):
             generator.begin(["blue"], seeds=[0])
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_how_the_cache_grows(generator, on_one_device):
     other = Generator(make_model(), dataclasses.replace(SETTINGS, cache_multiple=200))
     texts, latents = drawn_by_hand(other, other.begin(PROMPTS + PROMPTS[:1], seeds=[4, 5, 6, 7]))
