@@ -79,10 +79,10 @@ def seconds_of(function, *arguments) -> float:
     return statistics.median(once() for _ in range(REPEATS))
 
 
-def matmul_tflops() -> float:
-    """The rate of one large bfloat16 matmul: the limit."""
-    square = jnp.ones((MATMUL, MATMUL), jnp.bfloat16)
-    return 2e-12 * MATMUL**3 / seconds_of(jax.jit(jnp.matmul), square, square)
+def matmul_tflops(dtype: jnp.dtype = jnp.bfloat16, side: int = MATMUL) -> float:
+    """The rate of one large matmul: the limit."""
+    square = jnp.ones((side, side), dtype)
+    return 2e-12 * side**3 / seconds_of(jax.jit(jnp.matmul), square, square)
 
 
 def time_attention(function, heads: list[jax.Array], pairs: float) -> dict[str, float]:

@@ -26,6 +26,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine
+from benchmarks.attention import matmul_tflops
 from configs import shapes_generate
 from data_pipelines import command
 from data_pipelines.batch import INF
@@ -152,16 +153,6 @@ def _with_leaves(state: State) -> State:
     return state
 
 
-def matmul_rate(dtype: jnp.dtype) -> float:
-    """Operations a second of one large matmul."""
-    square, product = jnp.ones((SIDE, SIDE), dtype), jax.jit(jnp.matmul)
-    product(square, square).block_until_ready()
-    best = Stopwatch()
-    for place in range(3):
-        best(str(place), lambda: product(square, square))
-    return 2.0 * SIDE**3 / min(best.seconds.values())
-
-
 def measure(generator: Generator, batch: int) -> dict[str, Any]:
     first, steady = Stopwatch(), Stopwatch()
     begun = time.perf_counter()
@@ -172,7 +163,7 @@ def measure(generator: Generator, batch: int) -> dict[str, Any]:
     config, model = generator.config, generator.model_config
     work = [useful_flops(generator, state, config.flow(turn)) for turn, (state, _) in enumerate(drawn)]
     device, dtype = jax.devices()[0], jnp.dtype(config.dtype)
-    peak = peak_flops(device.device_kind) or matmul_rate(dtype)
+    peak = peak_flops(device.device_kind) or 1e12 * matmul_tflops(dtype, SIDE)
     rate = sum(work) / (parts["draw1"] + parts["draw2"])
     texts = sum(length for _, length in drawn)
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device.device_kind), None)

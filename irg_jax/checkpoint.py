@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from data_pipelines.jobs import show_progress
 from irg_jax.checkpoints.listing import SEALED, Step, find_resumed, find_stages, find_step, list_steps
-from irg_jax.checkpoints.seals import find_faults
+from irg_jax.checkpoints.seals import find_faults, ignore_late_faults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,13 +137,7 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-def ignore_late_reads(fault) -> None:
-    """Of several reads that fail, TensorStore tells the later ones when nobody listens any more."""
-    if str(fault.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(fault)
-
-
 if __name__ == "__main__":
     logging.disable()   # a fault is told in one sentence; Orbax would print whole files, asyncio tracebacks
-    sys.unraisablehook = ignore_late_reads
+    sys.unraisablehook = ignore_late_faults
     sys.exit(main())

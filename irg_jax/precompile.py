@@ -3,7 +3,8 @@
     python -m irg_jax.precompile --config configs/irgl_stage1.py --topology v5p-128
     python -m irg_jax.precompile --config configs/irgl_stage1.py --topology v5p-8 --program generate
 
-Nothing is allocated and no weights are needed; libtpu must be installed (pip install '.[tpu]'). Mesh and packs
+`--program` is the training step, or `generate`, drawing, or `write`, writing texts. Nothing is allocated and no
+weights are needed; libtpu must be installed (pip install '.[tpu]'). Mesh and packs
 are those of the config's table `topologies`, or the config's own for a slice that it lacks, and can be
 overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints what a chip carries with each option that saves memory
 (`moments`, `on_host`, `lora`, `frozen_dtype`), and one JSON object last; ends with status 1 if the compiler

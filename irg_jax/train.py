@@ -24,7 +24,7 @@ from absl import flags
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
 from irg_jax.checkpoints.bundle import FOLDER as CHECKPOINTS
-from irg_jax.checkpoints.bundle import SaveError
+from irg_jax.checkpoints.seals import ignore_late_faults
 from irg_jax.config import TrainConfig
 from irg_jax.evaluation.samples import SampleConfig, Samples
 from irg_jax.parallel.hosts import find_place
@@ -125,18 +125,6 @@ def main(values) -> None:
                     export(config, workdir)
 
 
-def main_or_exit(values) -> None:
-    """`main`; after a save that failed the process ends at once.
-
-    Threads of TensorStore would print stacks after the sentence, of what they can no longer tell an event loop.
-    """
-    try:
-        main(values)
-    except SaveError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    command.run(main_or_exit)
+    sys.unraisablehook = ignore_late_faults    # a save that failed is told in one sentence
+    command.run(main)

@@ -177,7 +177,7 @@ def test_show_reads_no_array(run, call):
     assert call("show", step)[1] == before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")   # see ignore_late_reads
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")   # ignore_late_faults
 @pytest.mark.parametrize("name", [
     "_CHECKPOINT_METADATA", "state/_METADATA", "ema/_METADATA", "position/_METADATA", "state/manifest.ocdbt",
     "position/_strings.json", "ema/_sharding"])

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 SEAL = "digests.json"
 _THREADS = 4
@@ -86,3 +88,12 @@ def _digest(path: pathlib.Path) -> list:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return [file.tell(), digest.hexdigest()]
+
+
+def ignore_late_faults(fault: Any) -> None:
+    """A hook for faults nobody can raise, of commands that tell the first in a sentence.
+
+    Of several reads or writes that fail, TensorStore tells the later ones when nobody listens any more.
+    """
+    if str(fault.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(fault)

@@ -80,7 +80,8 @@ class Layer(nnx.Module):
         experts = (self.und, self.und, self.gen)
         projected = [expert.project(h, angle) for expert, h, angle in zip(experts, x, angles)]
         query, key, value = zip(*projected)
-        parts = zip(*(shares(streams, len(sights)) for streams in (query, key, value)), sights, pasts)
+        parts = zip(*(shares(streams, len(sights)) for streams in (query, key, value)), sights, pasts,
+                    strict=True)
         attended = map(join, zip(*(attend_together(*part, heads="heads") for part in parts)))
         x = Streams(*(expert.finish(h, a) for expert, h, a in zip(experts, x, attended)))
         return x, KeyValue.of(join(key), join(value))
