@@ -194,7 +194,7 @@ def from_config_dict(cls: type[T], config: Any, path: str = "") -> T:
     values = _items(config, path)
     for key in values:
         if key not in fields:
-            raise ValueError(f"unknown config field {_join(path, key)!r}{_nearest(key, fields)}")
+            raise ValueError(f"unknown config field {_join(path, key)!r}{nearest(key, fields)}")
     required = [name for name, field in fields.items() if name not in values
                 and field.default is field.default_factory is dataclasses.MISSING]
     if required:
@@ -293,7 +293,8 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """What a message about an unknown key ends with."""
     match = difflib.get_close_matches(str(key), list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known fields: {', '.join(known)}"
 

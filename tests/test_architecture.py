@@ -28,6 +28,7 @@ ALLOWED = {
                          "irg_jax.models", "irg_jax.parallel"),
     "irg_jax.evaluation": ("data_pipelines", "irg_jax.config", "irg_jax.checkpoints", "irg_jax.models",
                            "irg_jax.parallel", "irg_jax.sampling"),
+    "irg_jax.serving": ("data_pipelines", "irg_jax.sampling"),
     "irg_jax.config": ("data_pipelines", "irg_jax.models", "irg_jax.parallel", "irg_jax.training"),
     "irg_jax": ("data_pipelines", "irg_jax"),
 }

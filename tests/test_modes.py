@@ -107,13 +107,20 @@ def test_settings_have_the_names_of_bagel_and_win(generator):
     assert dataclasses.asdict(settings["flow"]) == flow
 
 
-@pytest.mark.parametrize("conversations, message", [
-    ([["a"], [IMAGES[0]]], "need one"), ([[]], "not empty"), ([], "not empty"),
-    ([[IMAGES[0]], [np.zeros((32, 64, 3), np.uint8)]], "one size"),
-])
-def test_conversations_of_different_forms_are_refused(generator, conversations, message):
-    with pytest.raises(ValueError, match=message):
-        infer(generator, conversations, seeds=range(len(conversations)))
+def test_conversations_of_any_forms_come_out_as_alone(generator):
+    """What they share is done together: four starts, three texts to begin with, the drawing of two."""
+    wide = np.random.default_rng(1).integers(0, 256, (32, 64, 3), np.uint8)
+    conversations = [["a red circle"], [IMAGES[0], "blue"], ["blue"], [wide, "a"], ["a", IMAGES[1], "b", "c"]]
+    together = infer(generator, conversations, seeds=range(5))
+    assert [len(state.seeds) for state, _ in generator.drawn] == [2, 1, 1, 1]
+    for number, (answer,) in enumerate(together):
+        ((alone,),) = infer(generator, [conversations[number]], seeds=[number])
+        assert np.abs(answer.image.astype(int) - alone.image).max() <= 1, number
+
+
+def test_an_empty_conversation_is_refused(generator):
+    with pytest.raises(ValueError, match="is empty"):
+        infer(generator, [["a"], []], seeds=[0, 1])
 
 
 def test_contradictions_are_refused():

@@ -14,7 +14,7 @@ from data_pipelines.config import ImageTransform
 from data_pipelines.images import resize, target_size
 from irg_jax.models.irg import unpack_latent
 from irg_jax.sampling.config import TextConfig
-from irg_jax.sampling.modes import ModeConfig, read
+from irg_jax.sampling.modes import infer
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import encode_latents, token_losses
 from irg_jax.training.optimizer import learning_rate, make_optimizer
@@ -242,14 +242,15 @@ def test_plain_text_to_image(case):
     relative("text-to-image: latent", latent[0], case.arrays["t2i.latent"], LATENT)
 
 
-def test_editing(case):
+def test_editing(case, monkeypatch):
     values, noise = case.values["edit"], ["edit.noise"] * 2
     editor = generator(case, noise, values, turn2=flow(values["args"]))
     said = (case.arrays["edit.image_uint8"], numbers(values["instruction"]))
-    state, size = read(editor, [said], ModeConfig(), seeds=[0])
-    assert size == (values["height"], values["width"])
-    latent = editor.draw_latent(state, height=values["height"], width=values["width"])
-    relative("editing: latent", latent[0], case.arrays["edit.latent"], LATENT)
+    show, latents = editor.show, []
+    monkeypatch.setattr(editor, "show", lambda latent, height: latents.append(latent) or show(latent, height))
+    ((answer,),) = infer(editor, [said], seeds=[0])
+    assert answer.image.shape[:2] == (values["height"], values["width"])
+    relative("editing: latent", latents[0][0], case.arrays["edit.latent"], LATENT)
 
 
 def test_understanding(case):

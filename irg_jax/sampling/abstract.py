@@ -17,8 +17,7 @@ from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.flow import Branches, draw_latent
 from irg_jax.sampling.programs import network
 
-
-WORDS = 2048
+WORDS = 2048    # tokens of two turns without images, at most: the prompts and two thoughts
 
 
 class Program(NamedTuple):
@@ -103,12 +102,12 @@ def advise(result: dict[str, Any]) -> list[str]:
     if result["fits"]:
         return []
     over, mesh = result["peak_hbm_gib"] - result["hbm_gib"], result["mesh"]
-    images = result.get("images") or result["texts"]
+    at_once = result.get("images") or result["texts"]
     lines = [f"a chip lacks {over:.1f} GiB: {result['state_gib']:.1f} GiB of weights and contexts and "
              f"{result['temp_gib']:.1f} of temporaries"]
     if mesh["tensor"] < 4:
         lines.append(f"split the weights more ways: --mesh fsdp={mesh['fsdp']},tensor={2 * mesh['tensor']}, on "
-                     f"twice the chips, does as many at once ({images}); more fsdp does more of them")
+                     f"twice the chips, does as many at once ({at_once}); more fsdp does more of them")
     lines.append(f"a context of {result['context_tokens']} tokens may be longer than the trajectory needs: "
                  "--context; two turns at 1024 x 1024 have about 10,000")
     return lines

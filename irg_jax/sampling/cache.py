@@ -11,10 +11,11 @@ L layers, K key-value heads, H head size, D width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -24,6 +25,8 @@ from irg_jax.models.decoder import KeyValue, Past
 from irg_jax.models.irg import IRG, normalize_pixels
 from irg_jax.models.streams import Streams, join_rows
 from irg_jax.parallel.sharding import BATCH_AXES, replicated
+
+T = TypeVar("T")
 
 
 class View(NamedTuple):
@@ -65,21 +68,42 @@ def make_empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype)
 
 def context_shardings(contexts: Context, mesh: jax.sharding.Mesh) -> Context:
     """Contexts are dealt like packs, and their heads over `tensor`."""
-    dealt = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     heads = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "tensor"))
-    return Context(KeyValue(heads, heads),
-                   jax.tree.map(lambda x: dealt if jnp.ndim(x) else replicated(mesh), contexts.view))
+    return Context(KeyValue(heads, heads), _view_shardings(contexts.view, mesh))
+
+
+def _view_shardings(view: View, mesh: jax.sharding.Mesh) -> View:
+    dealt = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    return jax.tree.map(lambda x: dealt if jnp.ndim(x) else replicated(mesh), view)
+
+
+def place(context: Context, mesh: jax.sharding.Mesh) -> Context:
+    """The contexts on the devices of a mesh."""
+    kv = jax.device_put(context.kv, context_shardings(context, mesh).kv)
+    return Context(kv, _place_view(context.view, mesh))
+
+
+def _place_view(view: View, mesh: jax.sharding.Mesh) -> View:
+    # The length stays with the host, which would have to wait for a device to know it.
+    return jax.device_put(view, _view_shardings(view, mesh))._replace(length=view.length)
 
 
 def enlarge(context: Context, capacity: int) -> Context:
     """The same contexts with room for `capacity` tokens; they are never made smaller."""
     kv, view = context
-    batch, old = view.rows.order.shape
-    if capacity <= old:
+    if capacity <= view.capacity:
         return context
-    pad = ((0, 0), (0, 0), (0, 0), (0, capacity - old), (0, 0))
-    rows = join_rows((view.rows, Rows(*map(jnp.asarray, padding_rows((batch, capacity - old))))))
-    return Context(KeyValue(*(jnp.pad(part, pad) for part in kv)), view._replace(rows=rows))
+    return Context(_pad_kv(kv, capacity), view._replace(rows=_pad_rows(view.rows, capacity)))
+
+
+def _pad_kv(kv: KeyValue, capacity: int) -> KeyValue:
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, capacity - x.shape[3]), (0, 0)))
+    return KeyValue(*map(pad, kv))
+
+
+def _pad_rows(rows: Rows, capacity: int) -> Rows:
+    batch, old = rows.order.shape
+    return join_rows((rows, Rows(*map(jnp.asarray, padding_rows((batch, capacity - old))))))
 
 
 def fork(context: Context, view: View) -> Context:
@@ -89,9 +113,35 @@ def fork(context: Context, view: View) -> Context:
 
 def repeat(context: Context, times: int) -> Context:
     """Each context as the common start of `times` contexts, in a cache of their own."""
-    kv, (*view, length) = fork(context, context.view) if times == 1 else context
+    if times == 1:
+        return fork(context, context.view)
+    kv, (*view, length) = context
     view = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), view)
     return Context(KeyValue(*(jnp.repeat(x, times, axis=1) for x in kv)), View(*view, length))
+
+
+def gather(contexts: Sequence[Context], places: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> Context:
+    """Contexts of several batches as one batch, in a cache of its own, on the devices of a mesh.
+
+    Args: places are which contexts of each batch. The longest makes room for the others, which have gaps.
+    """
+    capacity = max(context.kv.key.shape[3] for context in contexts)
+    parts = [_pad_kv(_take(context.kv, which, axis=1), capacity) for context, which in zip(contexts, places)]
+    kv = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), *parts)
+    return place(Context(kv, gather_views([context.view for context in contexts], places, mesh)), mesh)
+
+
+def gather_views(views: Sequence[View], places: Sequence[Sequence[int]], mesh: jax.sharding.Mesh) -> View:
+    """Views of caches that `gather` makes one of, as views of that one."""
+    capacity = max(view.capacity for view in views)
+    parts = [_take(view._replace(rows=_pad_rows(view.rows, capacity), length=None), which, axis=0)
+             for view, which in zip(views, places)]
+    view = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
+    return _place_view(view._replace(length=max(view.length for view in views)), mesh)
+
+
+def _take(tree: T, places: Sequence[int], axis: int) -> T:
+    return jax.tree.map(lambda x: jnp.take(x, np.array(places), axis), tree)
 
 
 def append_text(model: IRG, context: Context, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]

@@ -82,7 +82,7 @@ def _weights(times: Float[np.ndarray, "N"], is_guided: Bool[np.ndarray, "N-1"]
              ) -> Float[np.ndarray, "N-1"]:
     """How much of the change since the last velocity a step adds: half its length over the last one's.
 
-    None where there is no last one, or where guidance begins or ends: there the velocity leaps.
+    Nothing where there is no last one, or where guidance begins or ends: there the velocity leaps.
     """
     length = times[:-1] - times[1:]
     goes_on = is_guided[1:] == is_guided[:-1]

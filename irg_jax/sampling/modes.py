@@ -9,14 +9,16 @@ Source: `interleave_inference` of BAGEL's inferencer.py; for several turns IRG's
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Generator as Coroutine, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
 from data_pipelines.images import resize
-from irg_jax.sampling.config import FlowConfig, TextConfig
-from irg_jax.sampling.trajectory import Generator, State
+from irg_jax.sampling import steps
+from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
+from irg_jax.sampling.steps import Job, Step, run_jobs
+from irg_jax.sampling.trajectory import Generator, Given
 
 S = TypeVar("S", FlowConfig, TextConfig)
 Conversation = Sequence[str | np.ndarray]   # what is said and shown, in order; images uint8 [H, W, 3]
@@ -27,6 +29,7 @@ class Answer(NamedTuple):
 
     text: str
     image: np.ndarray | None
+    has_ended: bool = True    # False of a text that was cut at its greatest length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,60 +76,78 @@ class ModeConfig:
 
 def infer(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig = ModeConfig(), *,
           seeds: Sequence[int]) -> list[tuple[Answer, ...]]:
-    """The answers to each conversation, one a turn.
+    """The answers to each conversation, one a turn. What conversations have in common is done together.
 
-    All conversations of a call have texts and images at the same places, and images of one size there.
-
-    Raises: ValueError if they have not, if one is empty, or if thinking is asked for without a system prompt.
+    Raises: ValueError if one is empty, or if thinking is asked for without a system prompt.
     """
-    if mode.think and not generator.config.system_prompt:
+    jobs = [Job(converse(generator, each, mode, seed=seed))
+            for each, seed in zip(conversations, seeds, strict=True)]
+    return run_jobs(generator, jobs)
+
+
+def converse(generator: Generator, conversation: Conversation, mode: ModeConfig, *, seed: int,
+             given: Given = Given(), tell: Callable[[int, str | np.ndarray], None] = lambda turn, made: None,
+             ) -> Coroutine[Step, Any, tuple[Answer, ...]]:
+    """The steps of one conversation, see `steps.Job`; it comes to its answers.
+
+    Args: given is what takes the place of the model's own texts and first image; tell is called with the turn
+        and each text and image as soon as it is there.
+    Raises: ValueError as `infer` does, before its first step.
+    """
+    config = generator.config
+    if mode.think and not config.system_prompt:
         raise ValueError("think is set, but the generator has no system_prompt that says how to think")
-    write = lambda state: generator.decode(generator.write(state, settings=mode.text(generator.config.text)))
-    state, (height, width) = read(generator, conversations, mode, seeds)
-    if mode.understanding_output:
-        return [(Answer(text, None),) for text in write(state)]
-    turns = []
+    if not conversation:
+        raise ValueError("a conversation is empty; say or show something")
+    height, width = yield from _read(generator, conversation, mode, seed)
+    turn = sum(not isinstance(item, str) for item in conversation)   # settings count images shown, too
+    answers = []
     for number in range(mode.num_turns):
         if number:
-            state = generator.look(state, turns[-1][1])
-        texts = write(state) if mode.think else [""] * len(conversations)
-        if mode.num_turns > 1:
-            _, state = generator.think(state, texts)
-        elif mode.think:   # here, and not in IRG, the context without images is also one without the thought
-            state = dataclasses.replace(state, main=generator.append_text(state.main, texts))
-        flow = mode.flow(generator.config.flow(state.turn))
-        turns.append((texts, generator.draw(state, flow=flow, height=height, width=width)))
-    return [tuple(Answer(texts[i], images[i]) for texts, images in turns) for i in range(len(conversations))]
+            yield Step(steps.look, answers[-1].image, shape=generator.sizes_seen(answers[-1].image))
+        text, has_ended = yield from _write(given.text(number), mode, config)
+        if text:
+            tell(number, text)
+        if mode.understanding_output:
+            return (Answer(text, None, has_ended),)
+        image = None if number else given.image
+        if image is None:
+            image = yield Step(steps.draw, statics=(mode.flow(config.flow(turn + number)), height, width))
+        tell(number, image)
+        answers.append(Answer(text, image, has_ended))
+    return tuple(answers)
 
 
-def read(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig,
-         seeds: Sequence[int]) -> tuple[State, tuple[int, int]]:
-    """The state after all that is said and shown, and the size (height, width) of the image to be drawn.
+def _read(generator: Generator, conversation: Conversation, mode: ModeConfig, seed: int
+          ) -> Coroutine[Step, Any, tuple[int, int]]:
+    """Reads all that is said and shown; comes to the size (height, width) of the image to be drawn.
 
     As in the original an image is resized by the VAE rule first, then once more for each encoder.
     """
     size = generator.config.height, generator.config.width
-    state = generator.start(seeds, system=mode.think)
-    for place, items in enumerate(_columns(conversations)):
-        if isinstance(items[0], str):
-            state = generator.ask(state, items)
+    yield Step(steps.start, seed, (mode.think,))
+    for item in conversation:
+        if isinstance(item, str):
+            yield Step(steps.ask, item)
             continue
-        images = [resize(image, generator.config.vae_transform) for image in items]
-        shapes = {image.shape[:2] for image in images}
-        if len(shapes) > 1:
-            raise ValueError(f"images at place {place} come out at {sorted(shapes)}; one call needs one size")
-        size = shapes.pop()
-        state = generator.look(state, images, use_vae=not mode.understanding_output)
-        state = dataclasses.replace(state, unasked=state.main.view)
-    return state, mode.image_shape or size
+        image = resize(item, generator.config.vae_transform)
+        size = image.shape[:2]
+        yield Step(steps.see, image, (not mode.understanding_output,), generator.sizes_seen(image))
+    return mode.image_shape or size
 
 
-def _columns(conversations: Sequence[Conversation]) -> list[tuple]:
-    """What stands at each place, checked to be of one kind."""
-    kinds = {tuple("text" if isinstance(item, str) else "image" for item in one) for one in conversations}
-    if len(kinds) != 1 or () in kinds:
-        raise ValueError(f"conversations have the forms {sorted(kinds)}; those of one call need one, not empty")
-    return list(zip(*conversations, strict=True))
+def _write(text: str | None, mode: ModeConfig, config: SamplingConfig
+           ) -> Coroutine[Step, Any, tuple[str, bool]]:
+    """The text of a turn, by the model if there is none, and whether it ended; it is read before an image."""
+    has_ended = True
+    if not mode.think and not mode.understanding_output:
+        return "", has_ended
+    if text is None:
+        text, has_ended = yield Step(steps.write, statics=(mode.text(config.text),))
+    if not mode.understanding_output:
+        # In a single turn, and not in IRG, the context without images also lacks the thought.
+        yield Step(steps.think if mode.num_turns > 1 else steps.add, text)
+    return text, has_ended
 
 
 def _replace(settings: S, values: dict[str, Any]) -> S:

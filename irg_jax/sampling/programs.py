@@ -1,4 +1,5 @@
 """The compiled programs a trajectory is made of; each reads its weights as an argument.
+
 They belong to the module, not to a generator, so models of one geometry share what was compiled.
 Axes: B contexts, H and W pixels, G latent tokens, V patches.
 """

@@ -113,18 +113,18 @@ class Generator:
             draw_noise replaces the initial noise of images; its arguments are its own's.
         """
         self.model_config, self.config, self.tokenizer = model.config, config, model.tokenizer
-        self._mesh = mesh or _default_mesh()
+        self.mesh = mesh or _default_mesh()
         dtype = jnp.dtype(config.dtype)
-        self._weights = programs.place(model.params, model.vae, model.config, dtype, self._mesh)
+        self._weights = programs.place(model.params, model.vae, model.config, dtype, self.mesh)
         self._draw_noise = draw_noise
         self._brackets = np.array([self.tokenizer.start_of_image, self.tokenizer.end_of_image],
                                   np.int32)
         self._check_transforms()
         self._latent_position(config.height, config.width)
         # Of the contexts that all prompts begin with, one a shard of the batch.
-        self._ways = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
+        self._ways = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         empty = cache.make_empty(model.config, self._ways, config.cache_multiple, dtype)
-        self._empty = self._system = jax.device_put(empty, cache.context_shardings(empty, self._mesh))
+        self._empty = self._system = cache.place(empty, self.mesh)
         if prompt := load_system_prompt(config.system_prompt):
             self._system = self.append_text(cache.fork(self._empty, self._empty.view), [prompt] * self._ways)
 
@@ -190,7 +190,7 @@ class Generator:
         Raises: ValueError if the mesh does not deal so many trajectories evenly.
         """
         if len(seeds) % self._ways:
-            raise ValueError(f"{len(seeds)} trajectories at once do not deal over {dict(self._mesh.shape)}; "
+            raise ValueError(f"{len(seeds)} trajectories at once do not deal over {dict(self.mesh.shape)}; "
                              f"let batch_size be a multiple of data x fsdp = {self._ways}")
         context = cache.repeat(self._system if system else self._empty, len(seeds) // self._ways)
         return State(context, context.view, context.view, (), np.asarray(seeds, np.uint32))
@@ -231,7 +231,8 @@ class Generator:
         keys = _keys(state.seeds, state.turn, TEXT)
         writing = begin_text(len(keys), bos=self.tokenizer.bos, config=settings,
                              vocab_size=self.model_config.llm.vocab_size if want_logits else None)
-        context = self._reserve(fork(state).main, min(settings.max_length, -(-multiple // 2)))
+        context = self._reserve(state.main, min(settings.max_length, -(-multiple // 2)))
+        context = fork(state).main if context is state.main else context    # it is used up, the state is not
         while True:
             context, writing = self._run(programs.write, context, writing, keys, eos=self.tokenizer.eos,
                                          settings=settings)
@@ -310,7 +311,7 @@ class Generator:
         return after._replace(view=after.view._replace(length=context.view.length + num_tokens))
 
     def _run(self, program: Callable[..., Any], *arguments: Any, **statics: Any) -> Any:
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(self.mesh):
             return program(self._weights, *arguments, config=self.model_config, **statics)
 
     def _reserve(self, context: Context, num_tokens: int) -> Context:
@@ -331,13 +332,18 @@ class Generator:
                 raise ValueError(f"{name}.stride is {stride}; it must be a multiple of the model's "
                                  f"patch of {patch} pixels")
 
-    def _latent_position(self, height: int, width: int) -> np.ndarray:
-        """int32 [G] of an image; ValueError if its size is none the model can draw."""
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError if the model cannot draw images of so many pixels."""
         pixels, side = self.model_config.pixels_per_token, self.model_config.max_latent_size
-        if height % pixels or width % pixels or max(height, width) > side * pixels:
+        if height < 1 or width < 1 or height % pixels or width % pixels or max(height, width) > side * pixels:
             raise ValueError(f"an image of {height} x {width} pixels does not suit the model; use "
                              f"multiples of {pixels} up to {side * pixels}")
-        return grid_position(height // pixels, width // pixels, side)
+
+    def _latent_position(self, height: int, width: int) -> np.ndarray:
+        """int32 [G] of an image; ValueError if its size is none the model can draw."""
+        self.check_size(height, width)
+        pixels = self.model_config.pixels_per_token
+        return grid_position(height // pixels, width // pixels, self.model_config.max_latent_size)
 
 
 def _default_mesh() -> Mesh:
