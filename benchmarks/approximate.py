@@ -1,13 +1,14 @@
 """What approximations of drawing cost, for the time they save: grey levels, and prompts drawn right.
 
     bash launch/local.sh                                  # once: it makes the model and the prompts
-    python -m benchmarks.approximate --run runs/shapes    # ten minutes; results/approximate.json
+    python -m benchmarks.approximate --run runs/shapes    # twenty minutes; results/approximate.json
 
 Held-out prompts in two turns, by the settings of configs/shapes_generate.py and by others that differ in one
-thing. First pictures have the same thought and the same noise whatever the settings, so `difference` is the
-mean difference of grey levels of first pictures from those of ten times as many steps by Euler's method.
-`seconds` is the drawing of both turns alone, without the first batch, which compiles. Prints one JSON object
-last.
+thing. First pictures have the same noise whatever the settings, so where the first thought is the same, too
+(`same_thoughts`: rounded weights may write another), `difference` is the mean difference of grey levels of
+first pictures from those of ten times as many steps by Euler's method, with exact weights. `computed` steps of
+a pair run the network. `seconds` is the drawing of both turns alone, without the first batch, which compiles.
+Prints one JSON object last.
 """
 
 import dataclasses
@@ -28,19 +29,28 @@ from data_pipelines.config import from_config_dict
 from data_pipelines.shapes.score import score
 from irg_jax.evaluation.shapes import HeldOut, read_prompts
 from irg_jax.evaluation.statistics import paired_bootstrap
-from irg_jax.sampling.config import SamplingConfig
+from irg_jax.models.quantized import DTYPES
+from irg_jax.sampling.config import FlowConfig, SamplingConfig
+from irg_jax.sampling.flow import timesteps
 from irg_jax.sampling.opening import in_batches, load_generator
-from irg_jax.sampling.trajectory import Generator
+from irg_jax.sampling.taylorseer import plan_steps
+from irg_jax.sampling.trajectory import Generator, Turn
 
 REFERENCE = 10    # times as many steps
 VARIANTS = {"as configured": {}, "euler, 13 points": {"num_timesteps": 13},
             "adams, 13 points": {"num_timesteps": 13, "solver": "adams"},
-            "adams, 9 points": {"num_timesteps": 9, "solver": "adams"}}
+            "adams, 9 points": {"num_timesteps": 9, "solver": "adams"},
+            "taylorseer": {"enable_taylorseer": True},
+            "taylorseer, order 1": {"enable_taylorseer": True, "taylorseer_order": 1},
+            "taylorseer, order 1, first 3": {"enable_taylorseer": True, "taylorseer_order": 1,
+                                             "taylorseer_first": 3},
+            "taylorseer, order 1, adams": {"enable_taylorseer": True, "taylorseer_order": 1, "solver": "adams"},
+            **{f"{dtype} weights": {"weights": dtype} for dtype in DTYPES}}
 
 
-def change(config: SamplingConfig, **fields: Any) -> SamplingConfig:
+def change(config: SamplingConfig, weights: str | None = None, **fields: Any) -> SamplingConfig:
     """The same with these settings in both turns."""
-    return dataclasses.replace(config, turn1=dataclasses.replace(config.turn1, **fields),
+    return dataclasses.replace(config, weights=weights, turn1=dataclasses.replace(config.turn1, **fields),
                                turn2=dataclasses.replace(config.turn2, **fields))
 
 
@@ -59,18 +69,25 @@ class Timed:
 
 
 def draw(run: pathlib.Path, config: SamplingConfig, prompts: Sequence[HeldOut], *, num_turns: int,
-         bar: tqdm) -> tuple[np.ndarray, np.ndarray, float]:
-    """First pictures [prompts, H, W, 3], verdicts [prompts, turns], seconds but for the first batch."""
+         bar: tqdm) -> tuple[list[Turn], np.ndarray, float]:
+    """First turns, verdicts [prompts, turns], seconds but for the first batch."""
     generator, _ = load_generator(str(run / "stage2"), config, prompts={})
-    timed, pictures, verdicts, first = Timed(generator), [], [], 0.0
+    timed, firsts, verdicts, first = Timed(generator), [], [], 0.0
     for batch, padded in in_batches(range(len(prompts)), config.batch_size):
         drawn = generator.trajectories([prompts[i].prompt for i in padded], seeds=padded, num_turns=num_turns)
-        pictures += [turns[0].image for turns, _ in zip(drawn, batch)]
+        firsts += [turns[0] for turns, _ in zip(drawn, batch)]
         verdicts += [[score(prompts[i].request, turn.image).correct for turn in turns]
                      for i, turns in zip(batch, drawn)]
         first = first or timed.seconds
         bar.update(len(batch))
-    return np.stack(pictures), np.array(verdicts), timed.seconds - first
+    return firsts, np.array(verdicts), timed.seconds - first
+
+
+def computed_steps(flow: FlowConfig) -> int:
+    """Those that run the network."""
+    if not flow.enable_taylorseer:
+        return flow.num_timesteps - 1
+    return int(plan_steps(timesteps(flow), [1] * (flow.num_timesteps - 1), flow).is_computed.sum())
 
 
 def main(values: Any) -> None:
@@ -84,11 +101,15 @@ def main(values: Any) -> None:
     truth, _, _ = draw(run, fine, prompts, num_turns=1, bar=bar)
     rows, before = {}, None
     for name, fields in VARIANTS.items():
-        pictures, verdicts, seconds = draw(run, change(config, **fields), prompts, num_turns=2, bar=bar)
+        varied = change(config, **fields)
+        turns, verdicts, seconds = draw(run, varied, prompts, num_turns=2, bar=bar)
+        same = [(turn, exact) for turn, exact in zip(turns, truth) if turn.text == exact.text]
         before = verdicts if before is None else before
         second = paired_bootstrap(verdicts[:, 1], before[:, 1], seed=0)
         rows[name] = {
-            "difference": float(np.abs(pictures.astype(float) - truth).mean()),
+            "difference": float(np.mean([turn.change(exact) for turn, exact in same])),
+            "same_thoughts": len(same) / len(turns),
+            "computed": computed_steps(varied.turn1) + computed_steps(varied.turn2),
             "turn1": float(verdicts[:, 0].mean()), "turn2": float(verdicts[:, 1].mean()),
             "turn2_minus_configured": dataclasses.asdict(second), "seconds": seconds}
     bar.close()

@@ -139,5 +139,5 @@ def printable(text: str) -> str:
 
 if __name__ == "__main__":
     logging.disable()   # a fault is told in one sentence; Orbax would print whole files, asyncio tracebacks
-    sys.unraisablehook = ignore_late_faults
+    ignore_late_faults()
     sys.exit(main())

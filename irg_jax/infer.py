@@ -24,8 +24,9 @@ from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import load_generator
 
 SETTINGS = {
-    flags.DEFINE_boolean: ("think", "understanding_output", "do_sample"),
-    flags.DEFINE_integer: ("num_turns", "max_think_token_n", "num_timesteps"),
+    flags.DEFINE_boolean: ("think", "understanding_output", "do_sample", "enable_taylorseer"),
+    flags.DEFINE_integer: ("num_turns", "max_think_token_n", "num_timesteps", "taylorseer_first",
+                           "taylorseer_interval", "taylorseer_order"),
     flags.DEFINE_float: ("text_temperature", "cfg_text_scale", "cfg_img_scale", "cfg_renorm_min",
                          "timestep_shift"),
     flags.DEFINE_string: ("cfg_renorm_type", "solver"),

@@ -22,6 +22,7 @@ from absl import flags
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.config import BAGEL_7B_MOT, TrainConfig
+from irg_jax.models.quantized import DTYPES
 from irg_jax.parallel.compiling import compile_report
 from irg_jax.parallel.sharding import make_mesh, parse_mesh
 from irg_jax.parallel.topologies import Topology, compile_devices, find_topology
@@ -53,14 +54,15 @@ def train(config: TrainConfig, topology: Topology, tile: int) -> dict[str, Any]:
     return estimate.describe(config, BAGEL_7B_MOT, topology, mesh, step, report, planned)
 
 
-def generate(config: TrainConfig, topology: Topology, program: str, context: int) -> dict[str, Any]:
+def generate(config: TrainConfig, topology: Topology, sampled: SamplingConfig, program: str,
+             context: int) -> dict[str, Any]:
     """The report on drawing a second image, or on a token of text, one on each shard of the batch."""
     mesh = make_mesh(config.mesh, compile_devices(topology))
     count = mesh.shape["data"] * mesh.shape["fsdp"]
     if program == "generate":
-        traced = sampling.trace_draw(BAGEL_7B_MOT, SamplingConfig(), mesh, images=count, context=context)
+        traced = sampling.trace_draw(BAGEL_7B_MOT, sampled, mesh, images=count, context=context)
     else:
-        traced = sampling.trace_token(BAGEL_7B_MOT, SamplingConfig(), mesh, texts=count, context=context)
+        traced = sampling.trace_token(BAGEL_7B_MOT, sampled, mesh, texts=count, context=context)
     report = compile_report(traced.traced, traced.arguments, topology.num_chips)
     return sampling.describe(traced, report, topology, mesh)
 
@@ -75,7 +77,8 @@ def main(values: Any) -> None:
         result = train(config, topology, values.tile)
         print(estimate.tabulate(result["options"]))
     else:
-        result = generate(config, topology, values.program, values.context)
+        sampled = SamplingConfig(weights=values.weights)
+        result = generate(config, topology, sampled, values.program, values.context)
     print(json.dumps(result, indent=1))
     if not result["fits"]:
         sys.exit(1)
@@ -88,6 +91,7 @@ if __name__ == "__main__":
                       "The step, the drawing of a second image, or one token of text.")
     flags.DEFINE_integer("context", 10_240, "Tokens of a context that is drawn or written after.",
                          lower_bound=1)
+    flags.DEFINE_enum("weights", None, DTYPES, "What kernels are rounded to for drawing and writing.")
     flags.DEFINE_string("mesh", "", "Instead of the table's: data=4,fsdp=16; axes left out are 1.")
     flags.DEFINE_integer("packs", 0, "Packs of a step, instead of the table's.", lower_bound=0)
     flags.DEFINE_integer("tile", 512, "Side of the attention kernel's tiles, for the share that it visits.",

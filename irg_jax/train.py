@@ -126,5 +126,5 @@ def main(values) -> None:
 
 
 if __name__ == "__main__":
-    sys.unraisablehook = ignore_late_faults    # a save that failed is told in one sentence
+    ignore_late_faults()    # a save that failed is told in one sentence
     command.run(main)

@@ -60,19 +60,20 @@ def bound(seed: int = 0) -> IRG:
 
 
 @functools.cache
-def _compiled(function):
+def compiled(function):
+    """A function of the small model and more, as one of these alone."""
     model = bound()   # outside the trace, or its cache would keep tracers
     return jax.jit(lambda *arguments: function(model, *arguments))
 
 
 def append(context: Context, tokens, lengths) -> tuple[Context, jax.Array]:
     """`cache.append_text` of the small model."""
-    return _compiled(append_text)(context, tokens, lengths)
+    return compiled(append_text)(context, tokens, lengths)
 
 
 def predict(context: Context, brackets, latent, t, position) -> jax.Array:
     """`cache.predict_velocities` of the small model, after all that was read."""
-    return _compiled(predict_velocities)([(context.kv, [context.view])], brackets, latent, t, position)[0]
+    return compiled(predict_velocities)([(context.kv, [context.view])], brackets, latent, t, position)[0]
 
 
 def distance(actual, expected) -> float:

@@ -169,6 +169,24 @@ def test_of_a_stack_a_fusion_reads_what_it_takes(inner, layers):
     assert measure_work(Module(text)).hbm_bytes == (layers + 2) * layer + 4    # y, the result, and an index
 
 
+VIEWED = """%view (all: bf16[28,64,128]) -> bf16[28,64,128] {
+  %all = bf16[28,64,128]{2,1,0} parameter(0)
+  ROOT %same = bf16[28,64,128]{2,1,0} copy(%all)
+}
+
+%slice"""
+
+
+def test_another_view_of_a_stack_is_read_as_its_slices_are():
+    """As libtpu writes it where a slice of 8-bit kernels is widened."""
+    view = ("  %v = bf16[28,64,128]{2,1,0} fusion(%stack), kind=kLoop, "
+            "output_to_operand_aliasing={{}: (0, {})}, calls=%view\n")
+    text = NESTED.replace("%slice", VIEWED, 1).replace("  ROOT %one", f"{view}  ROOT %one")
+    text = text.replace("dynamic-slice(%stack", "dynamic-slice(%v")
+    layer = 64 * 128 * 2.0
+    assert measure_work(Module(text)).hbm_bytes == 3 * layer + 4
+
+
 WINDOW = """HloModule batched
 ENTRY %main (x: f32[3,8,16], y: f32[3,16,4]) -> f32[3,8,4] {
   %x = f32[3,8,16]{2,1,0} parameter(0)

@@ -100,7 +100,8 @@ def test_several_turns_are_the_trajectory_of_irg(generator):
 def test_settings_have_the_names_of_bagel_and_win(generator):
     flow = {"cfg_text_scale": 2.5, "cfg_img_scale": 1.5, "cfg_interval": (0.1, 0.9),
             "cfg_renorm_type": "channel", "cfg_renorm_min": 0.5, "timestep_shift": 2.0, "num_timesteps": 3,
-            "solver": "adams"}
+            "solver": "adams", "enable_taylorseer": True, "taylorseer_first": 1, "taylorseer_interval": 2,
+            "taylorseer_order": 1}
     (answer,), = infer(generator, [["blue"]], ModeConfig(image_shape=(16, 48), **flow), seeds=[0])
     (_, settings), = generator.drawn
     assert answer.image.shape == (16, 48, 3)

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -90,10 +91,14 @@ def _digest(path: pathlib.Path) -> list:
         return [file.tell(), digest.hexdigest()]
 
 
-def ignore_late_faults(fault: Any) -> None:
-    """A hook for faults nobody can raise, of commands that tell the first in a sentence.
+def ignore_late_faults() -> None:
+    """For commands that tell a failed read or write in one sentence, and then end.
 
-    Of several reads or writes that fail, TensorStore tells the later ones when nobody listens any more.
+    Of several that fail TensorStore tells the later ones when nobody listens any more, and what Orbax had not
+    begun is never awaited; Python would tell both after the sentence.
     """
-    if str(fault.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(fault)
+    def hook(fault: Any) -> None:
+        if str(fault.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(fault)
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize.* was never awaited", RuntimeWarning)

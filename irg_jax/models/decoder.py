@@ -97,8 +97,8 @@ class Decoder(nnx.Module):
         self.norm_gen = RMSNorm(config.hidden_size, ("norm",), eps=config.rms_norm_eps)
 
     def __call__(self, x: Streams, rows: Streams, pasts: Sequence[Past] = (), *, keep: bool = False,
-                 remat: str = "none") -> tuple[Streams, KeyValue | None]:
-        """Streams of embeddings [B S D] and of `Rows` -> normed hidden states and, if `keep`, new keys.
+                 remat: str = "none", norm: bool = True) -> tuple[Streams, KeyValue | None]:
+        """Embedded streams [B S D] and their `Rows` -> hidden states, normed if `norm`; new keys if `keep`.
 
         With several views of the past, each stream is as many equal shares, one behind the other: all are
         computed at once, and a share sees its view and itself. New keys and values are
@@ -114,6 +114,8 @@ class Decoder(nnx.Module):
                            angles, sights)
             return x, new if keep else None
         x, new = run_stack(step, self.layers, x, tuple(past.kv for past in pasts), remat=remat)
+        if not norm:
+            return x, new
         return Streams(self.norm(x.text), self.norm(x.vit), self.norm_gen(x.latent)), new
 
 

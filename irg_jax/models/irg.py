@@ -71,9 +71,9 @@ class IRG(nnx.Module):
         return hidden + jnp.asarray(table, hidden.dtype)[position]
 
     def __call__(self, embedded: Streams, rows: Streams, pasts: Sequence[Past] = (), *, keep: bool = False,
-                 remat: str = "none") -> tuple[Streams, KeyValue | None]:
+                 remat: str = "none", norm: bool = True) -> tuple[Streams, KeyValue | None]:
         """See `Decoder`: embedded streams and their rows, after `pasts` if given."""
-        return self.decoder(embedded, rows, pasts, keep=keep, remat=remat)
+        return self.decoder(embedded, rows, pasts, keep=keep, remat=remat, norm=norm)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Float32 logits of the text stream."""

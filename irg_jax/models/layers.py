@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from irg_jax.parallel.shards import deal, is_split, whole
 
@@ -38,7 +38,7 @@ def lookup(table: Float[Array, "rows D"], index: Int[Array, "B S"], axes: Axes, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Float[Array, "... D"], kernel: Float[Array, "D F"], axes: Axes) -> Float[Array, "... F"]:
+def matmul(x: Float[Array, "... D"], kernel: Num[Array, "D F"], axes: Axes) -> Float[Array, "... F"]:
     """x kernel in the dtype of x; `axes` are the kernel's.
 
     The gradient of the kernel is (x^T dy); JAX's own is (dy^T x)^T. On CPUs the latter writes all of dy once
@@ -64,16 +64,19 @@ matmul.defvjp(lambda x, kernel, axes: (matmul(x, kernel, axes), (x, kernel)), _m
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias, in the dtype of x; and what `irg_jax.models.lora` has put beside the kernel."""
+    """y = x kernel + bias, in the dtype of x; `lora` and `quantized` may put more beside the kernel."""
 
     def __init__(self, d_in: int, d_out: int, axes: Axes, *, use_bias: bool = True, rngs: nnx.Rngs):
         self.axes = axes
         self.kernel = param(rngs, (d_in, d_out), axes, 1 / math.sqrt(d_in))
         self.bias = constant((d_out,), axes[1:], 0.0) if use_bias else None
         self.lora_a, self.lora_b, self.lora_scale = nnx.data(None), nnx.data(None), 1.0
+        self.kernel_scale = nnx.data(None)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         y = matmul(x, self.kernel[...], self.axes)
+        if self.kernel_scale is not None:
+            y = (y * self.kernel_scale[...]).astype(x.dtype)
         if self.lora_a is not None:
             thin = matmul(x, self.lora_a[...], (self.axes[0], None))
             y = y + self.lora_scale * matmul(thin, self.lora_b[...], (None, self.axes[1]))

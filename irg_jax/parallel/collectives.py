@@ -20,6 +20,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
          "iota", "after-all", "partition-id", "replica-id", "opt-barrier", "copy-done", "async-done",
          "async-update")
+_VIEW = "output_to_operand_aliasing={{}: (0, {})}"   # a fusion that gives its operand another layout in place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,23 +175,28 @@ def _root(module: Module, name: str) -> Instruction:
 
 
 def _read(module: Module, inside: dict[str, Instruction], index: int, whole: float) -> float:
-    """Bytes of a fusion's operand that are read: slices of it, if nothing but slices is taken of it.
-
-    Fusions may lie in one another.
-    """
+    """Bytes of a fusion's operand that are read: slices of it, if nothing but slices is taken of it."""
     parameter = next((each.name for each in inside.values()
                       if each.op == "parameter" and each.arguments == str(index)), None)
-    users = [each for each in inside.values() if parameter in each.operands]
+    return _taken(module, inside, parameter, whole)
+
+
+def _taken(module: Module, inside: dict[str, Instruction], name: str | None, whole: float) -> float:
+    """`_read` of a value within a fusion; fusions may lie in one another, some as another view of a value."""
+    users = [each for each in inside.values() if name in each.operands]
     if not users or not whole:
         return whole
-    def part(user):
+
+    def part(user: Instruction) -> float:
         if user.op in ("dynamic-slice", "slice", "gather"):
             return user.size
+        if user.op == "fusion" and _VIEW in user.attributes:
+            return _taken(module, inside, user.name, whole)
         if user.op == "fusion":
             within = module.computations[user.called[0]]
             return sum(_read(module, within, place, whole)
-                       for place, name in enumerate(user.operands) if name == parameter)
-        return 0.0 if user.op == "dynamic-update-slice" and user.operands[0] == parameter else math.inf
+                       for place, operand in enumerate(user.operands) if operand == name)
+        return 0.0 if user.op == "dynamic-update-slice" and user.operands[0] == name else math.inf
     return min(whole, sum(map(part, users)))
 
 

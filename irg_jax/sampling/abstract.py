@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from irg_jax.models.config import ModelConfig
+from irg_jax.models.quantized import is_quantized
 from irg_jax.parallel.compiling import GIB, Report, abstract, device_bytes, rounded, summarize
 from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import BATCH_AXES, param_shardings, replicated
@@ -37,15 +38,14 @@ def trace_draw(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.Me
     """
     params, main = _params(model, config, mesh), _contexts(model, config, mesh, images, context)
     unseen = _contexts(model, config, mesh, images, min(context, WORDS))
-    branches, flow = Branches(main, main.view, unseen), config.turn2
+    branches, flow, llm = Branches(main, main.view, unseen), config.turn2, network(model, config.weights)
     tokens = config.height * config.width // model.pixels_per_token**2
     dealt = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     noise = _array((images, tokens, model.latent_channels), jnp.float32, dealt)
     position, brackets = (_array((size,), jnp.int32, replicated(mesh)) for size in (tokens, 2))
     # Drawing reads neither the embedding of words, nor the head, nor the ViT; they lie in memory all the same.
     draw = jax.jit(lambda params, branches, noise, position, brackets: draw_latent(
-        network(model).bind(params), branches, noise, position, brackets, flow), out_shardings=dealt,
-        keep_unused=True)
+        llm.bind(params), branches, noise, position, brackets, flow), out_shardings=dealt, keep_unused=True)
     with jax.set_mesh(mesh):
         traced = draw.trace(params, branches, noise, position, brackets)
     passes = 3 * (flow.num_timesteps - 1)   # of the network for one image, guidance counted
@@ -61,7 +61,7 @@ def trace_token(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.M
     tokens = _array((texts, 1), jnp.int32, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
 
     def write(params, kv, view, tokens):
-        network_ = network(model).bind(params)
+        network_ = network(model, config.weights).bind(params)
         context, hidden = append_text(network_, Context(kv, view), tokens, jnp.ones_like(tokens[:, 0]))
         return context, jnp.argmax(network_.logits(hidden), -1)
     with jax.set_mesh(mesh):
@@ -71,8 +71,10 @@ def trace_token(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.M
 
 
 def _params(model: ModelConfig, config: SamplingConfig, mesh: jax.sharding.Mesh) -> Any:
-    llm = network(model)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(config.dtype)), llm.shapes)
+    llm = network(model, config.weights)
+    dtype = jnp.dtype(config.dtype)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x if is_quantized(path, x) else jax.ShapeDtypeStruct(x.shape, dtype), llm.shapes)
     return abstract(params, param_shardings(llm.axes, llm.shapes, mesh))
 
 

@@ -188,6 +188,28 @@ def predict_velocities(model: IRG, seen: Sequence[tuple[KeyValue, Sequence[View]
 
     One pass for all views: whatever is no attention is computed as if they were one sequence.
     """
+    _, hidden = _predict(model, seen, brackets, latent, t, position, norm=True)
+    return jnp.split(model.velocity(hidden), sum(len(views) for _, views in seen), axis=1)
+
+
+def predict_added(model: IRG, seen: Sequence[tuple[KeyValue, Sequence[View]]], brackets: Int[Array, "2"],
+                  latent: Float[Array, "B G P*P*Z"], t: Float[Array, ""], position: Int[Array, "G"]
+                  ) -> Float[Array, "B N*G D"]:
+    """What all layers add to the image's tokens, after each of N views: see `predict_velocities`."""
+    embedded, hidden = _predict(model, seen, brackets, latent, t, position, norm=False)
+    return hidden - embedded
+
+
+def velocities_with(model: IRG, added: Float[Array, "B N*G D"], latent: Float[Array, "B G P*P*Z"],
+                    t: Float[Array, ""], position: Int[Array, "G"]) -> list[Float[Array, "B G P*P*Z"]]:
+    """`predict_velocities`, if this is what the layers add."""
+    count = added.shape[1] // latent.shape[1]
+    embedded = jnp.tile(_embed_latent(model, latent.astype(added.dtype), t, position), (1, count, 1))
+    return jnp.split(model.velocity(model.decoder.norm_gen(embedded + added)), count, axis=1)
+
+
+def _predict(model, seen, brackets, latent, t, position, *, norm: bool):
+    """Embedded tokens [B, N * G, D] of an image at time t, and the hidden states after all layers."""
     views = [view for _, views in seen for view in views]
     outside, inside = map(join_rows, zip(*(image_rows(view, latent.shape[1], noised=True) for view in views)))
     latent = latent.astype(seen[0][0].key.dtype)
@@ -195,8 +217,7 @@ def predict_velocities(model: IRG, seen: Sequence[tuple[KeyValue, Sequence[View]
     streams, rows = _stream(_bracket_part(model, jnp.tile(brackets, len(views)), outside, latent.dtype),
                             latent=Part(embedded, inside))
     pasts = [Past(kv, tuple(view.rows for view in views)) for kv, views in seen]
-    hidden, _ = model(streams, rows, pasts)
-    return jnp.split(model.velocity(hidden.latent), len(views), axis=1)
+    return embedded, model(streams, rows, pasts, norm=norm)[0].latent
 
 
 def image_rows(view: View, num_tokens: int, *, noised: bool = False) -> tuple[Rows, Rows]:

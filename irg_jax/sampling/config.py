@@ -20,11 +20,20 @@ class FlowConfig:
     cfg_renorm_min: float = 0.0  # the lower clamp of the rescale; the upper is 1
     # "adams" follows how the velocity changes (Adams-Bashforth of order 2): for fewer steps.
     solver: Literal["euler", "adams"] = "euler"
+    # Extrapolates what the network's layers add, but for the first steps and each so many: see taylorseer.py.
+    enable_taylorseer: bool = False
+    taylorseer_first: int = 5
+    taylorseer_interval: int = 3
+    taylorseer_order: int = 2    # of the polynomial: 0 takes the last computed step's
 
     def __post_init__(self):
         if self.num_timesteps < 2 or self.timestep_shift <= 0:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be 2 or more and "
                              f"timestep_shift {self.timestep_shift} positive")
+        if self.taylorseer_first < 1 or self.taylorseer_interval < 1 or self.taylorseer_order < 0:
+            raise ValueError(f"taylorseer_first {self.taylorseer_first} and taylorseer_interval "
+                             f"{self.taylorseer_interval} must be 1 or more, taylorseer_order "
+                             f"{self.taylorseer_order} not negative")
         if not 0 <= self.cfg_renorm_min <= 1:
             raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must be in [0, 1]")
 
@@ -69,6 +78,7 @@ class SamplingConfig:
     vit_transform: ImageTransform = ImageTransform(stride=14, max_size=980, min_size=224)
     posterior: Literal["mean", "sample"] = "sample"  # of an image that is looked at
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    weights: Literal["int8", "float8_e4m3fn"] | None = None   # what kernels of the decoder are rounded to
     batch_size: int = 1
     text_multiple: int = 64    # texts are padded to multiples of this many tokens, and
     cache_multiple: int = 256  # contexts of this: fewer shapes, fewer compilations

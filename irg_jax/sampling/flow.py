@@ -4,6 +4,7 @@ Axes: B contexts, G latent tokens, C values of a latent token.
 Source: `generate_image` and `_forward_flow` of BAGEL's modeling/bagel/bagel.py.
 """
 
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -14,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from irg_jax.models.irg import IRG
 from irg_jax.models.joint import KeyValue
-from irg_jax.sampling.cache import Context, View, predict_velocities
+from irg_jax.sampling.cache import Context, View, predict_added, predict_velocities, velocities_with
 from irg_jax.sampling.config import FlowConfig
+from irg_jax.sampling.taylorseer import Plan, extrapolate, follow, keep, plan_steps
 
 Velocity = Float[Array, "B G C"]
 
@@ -58,24 +60,58 @@ def draw_latent(model: IRG, branches: Branches, noise: Float[Array, "B G C"],
     times = timesteps(config)
     low, high = np.float32(config.cfg_interval)
     is_guided = (times[:-1] > low) & (times[:-1] <= high) & (config.cfg_text_scale > 1)
-    latent, start = noise.astype(jnp.float32), 0
+    latent, start, kept = noise.astype(jnp.float32), 0, None
     weights = _weights(times, is_guided) if config.solver == "adams" else None
+    plan = _plan(branches, times, is_guided, config) if config.enable_taylorseer else None
     for guided, run in itertools.groupby(is_guided):
         seen = branches.seen(config) if guided else [(branches.main.kv, [branches.main.view])]
+        predict = functools.partial(_predict, model, seen, brackets, position)
 
-        def step(carry, point, seen=seen):
-            latent, last = carry
-            time, following, weight = point
-            velocity = guide(predict_velocities(model, seen, brackets, latent, time, position), config)
+        def step(carry, point, predict=predict):
+            latent, last, kept = carry
+            time, following, weight, plan = point
+            velocities, kept = predict(latent, time, kept, plan)
+            velocity = guide(velocities, config)
             if weight is None:
-                return (latent - velocity * (time - following), None), None
-            return (latent - (velocity + weight * (velocity - last)) * (time - following), velocity), None
+                return (latent - velocity * (time - following), None, kept), None
+            ahead = velocity + weight * (velocity - last)
+            return (latent - ahead * (time - following), velocity, kept), None
         stop = start + len(list(run))
         last, share = (None, None) if weights is None else (jnp.zeros_like(latent), weights[start:stop])
-        points = times[start:stop], times[start + 1:stop + 1], share
-        (latent, _), _ = jax.lax.scan(step, (latent, last), points)
+        part = None if plan is None else jax.tree.map(lambda x: x[start:stop], plan)
+        kept = None if plan is None else _follow(model, seen, kept, latent, config)
+        points = times[start:stop], times[start + 1:stop + 1], share, part
+        (latent, _, kept), _ = jax.lax.scan(step, (latent, last, kept), points)
         start = stop
     return latent
+
+
+def _plan(branches: Branches, times: Float[np.ndarray, "N"], is_guided: Bool[np.ndarray, "N-1"],
+          config: FlowConfig) -> Plan:
+    guided = sum(len(views) for _, views in branches.seen(config))
+    return plan_steps(times, np.where(is_guided, guided, 1).tolist(), config)
+
+
+def _follow(model: IRG, seen, kept: jax.Array | None, latent: Velocity, config: FlowConfig) -> jax.Array:
+    """What is kept of steps before, for those that run these branches."""
+    kv, _ = seen[0]
+    tokens = latent.shape[1] * sum(len(views) for _, views in seen)
+    size = latent.shape[0], tokens, model.decoder.config.hidden_size
+    return follow(kept, config.taylorseer_order, jax.ShapeDtypeStruct(size, kv.key.dtype))
+
+
+def _predict(model: IRG, seen, brackets, position, latent: Velocity, time: Float[Array, ""],
+             kept: jax.Array | None, plan: Plan | None) -> tuple[list[Velocity], jax.Array | None]:
+    """The branches' velocities, computed or extrapolated, and what is kept for the steps that follow."""
+    if plan is None:
+        return predict_velocities(model, seen, brackets, latent, time, position), None
+
+    def compute(kept):
+        added = predict_added(model, seen, brackets, latent, time, position)
+        return added, keep(kept, added)
+    do_without = lambda kept: (extrapolate(plan.weights, kept), kept)
+    added, kept = jax.lax.cond(plan.is_computed, compute, do_without, kept)
+    return velocities_with(model, added, latent, time, position), kept
 
 
 def _weights(times: Float[np.ndarray, "N"], is_guided: Bool[np.ndarray, "N-1"]

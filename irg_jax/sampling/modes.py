@@ -55,6 +55,10 @@ class ModeConfig:
     timestep_shift: float | None = None
     num_timesteps: int | None = None
     solver: Literal["euler", "adams"] | None = None
+    enable_taylorseer: bool | None = None
+    taylorseer_first: int | None = None
+    taylorseer_interval: int | None = None
+    taylorseer_order: int | None = None
 
     def __post_init__(self):
         if self.num_turns < 1:

@@ -18,6 +18,7 @@ from irg_jax.models.config import ModelConfig
 from irg_jax.models.functional import Functional, Params
 from irg_jax.models.groups import pick
 from irg_jax.models.irg import IRG, make_autoencoder, normalize_pixels, pack_latent, unpack_latent
+from irg_jax.models.quantized import find_dtype, is_quantized, quantize, quantize_params
 from irg_jax.parallel.sharding import param_shardings, replicated
 from irg_jax.sampling import cache
 from irg_jax.sampling.cache import Context
@@ -34,8 +35,11 @@ class Weights(NamedTuple):
 
 
 @functools.cache
-def network(config: ModelConfig) -> Functional:
-    return Functional(lambda rngs: IRG(config, rngs=rngs))
+def network(config: ModelConfig, quantized: str | None = None) -> Functional:
+    """Args: quantized is one of `quantized.DTYPES`."""
+    if quantized is None:
+        return Functional(lambda rngs: IRG(config, rngs=rngs))
+    return Functional(lambda rngs: quantize(IRG(config, rngs=rngs), quantized))
 
 
 @functools.cache
@@ -43,11 +47,19 @@ def autoencoder(config: ModelConfig) -> Functional:
     return Functional(lambda rngs: make_autoencoder(config, rngs=rngs))
 
 
-def place(params: Params, vae: Params, config: ModelConfig, dtype: DTypeLike, mesh: Mesh) -> Weights:
-    """Weights in the dtype that is computed in, on the devices of a mesh."""
-    put = lambda x, where: jax.device_put(x if x.dtype == dtype else x.astype(dtype), where)
-    there = param_shardings(pick(network(config).axes, params), params, mesh)
-    return Weights(jax.tree.map(put, params, there), jax.tree.map(lambda x: put(x, replicated(mesh)), vae))
+def place(params: Params, vae: Params, config: ModelConfig, dtype: DTypeLike, mesh: Mesh, *,
+          quantized: str | None = None) -> Weights:
+    """Weights in the dtype that is computed in, or quantised, on the devices of a mesh."""
+    def put(path, x, where):
+        return jax.device_put(x if x.dtype == dtype or is_quantized(path, x) else x.astype(dtype), where)
+
+    def where(params):
+        return param_shardings(pick(network(config, find_dtype(params)).axes, params), params, mesh)
+    if quantized is not None:
+        params = quantize_params(params, where(params), quantized)
+    everywhere = jax.tree.map(lambda x: replicated(mesh), vae)
+    return Weights(*(jax.tree_util.tree_map_with_path(put, *each)
+                     for each in ((params, where(params)), (vae, everywhere))))
 
 
 def _compiled(*static: str) -> Callable:
@@ -126,4 +138,4 @@ def decode(weights: Weights, latent: Float[Array, "B G P*P*Z"], *, config: Model
 
 
 def _model(weights: Weights, config: ModelConfig) -> IRG:
-    return network(config).bind(weights.model)
+    return network(config, find_dtype(weights.model)).bind(weights.model)

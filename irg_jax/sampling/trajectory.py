@@ -115,7 +115,8 @@ class Generator:
         self.model_config, self.config, self.tokenizer = model.config, config, model.tokenizer
         self.mesh = mesh or _default_mesh()
         dtype = jnp.dtype(config.dtype)
-        self._weights = programs.place(model.params, model.vae, model.config, dtype, self.mesh)
+        self._weights = programs.place(model.params, model.vae, model.config, dtype, self.mesh,
+                                       quantized=config.weights)
         self._draw_noise = draw_noise
         self._brackets = np.array([self.tokenizer.start_of_image, self.tokenizer.end_of_image],
                                   np.int32)
