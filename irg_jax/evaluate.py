@@ -28,7 +28,7 @@ from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.shapes import HeldOut, digest_prompts, make_result, read_prompts
-from irg_jax.parallel.sharding import make_mesh, parse_mesh
+from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Turn
@@ -108,7 +108,7 @@ def main(values: Any) -> None:
                                      "prompts": digest_prompts(prompts)})
     is_new = not recorder.is_complete
     evaluate(prompts, config=config, recorder=recorder, seed=values.seed, batch_size=batch_size,
-             num_turns=values.turns, mesh=make_mesh(parse_mesh(values.mesh)) if values.mesh else None,
+             num_turns=values.turns, mesh=find_mesh(values.mesh),
              checkpoints={"base": values.base, "trained": values.checkpoint})
     if is_new:
         versions = {"python": platform.python_version(), "jax": jax.__version__,

@@ -39,7 +39,7 @@ from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from data_pipelines.images import read_image
 from irg_jax.evaluation.drawing import compose_trajectory
-from irg_jax.parallel.sharding import make_mesh, parse_mesh
+from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Given, Turn
@@ -200,7 +200,7 @@ def main(values: Any) -> None:
     texts |= {f"text {place} of prompt {number}": text for number, order in enumerate(orders, 1)
               for place, text in enumerate(order.given.texts, 1) if text is not None}
     generator, checkpoint = load_generator(values.checkpoint, config, prompts=texts,
-                                           mesh=make_mesh(parse_mesh(values.mesh)) if values.mesh else None)
+                                           mesh=find_mesh(values.mesh))
     pace = generate(orders, generator=generator, seed=values.seed, checkpoint=checkpoint, out=values.out,
                     num_turns=values.num_turns or config.num_turns,
                     batch_size=values.batch or config.batch_size)

@@ -19,6 +19,7 @@ from PIL import Image
 from data_pipelines import command
 from data_pipelines.config import from_config_dict
 from data_pipelines.images import read_image
+from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import load_generator
@@ -57,7 +58,8 @@ def main(values: Any) -> None:
         raise ValueError(f"{values.out!r} is not empty; choose another --out")
     texts = {f"--input {number}": one for number, one in enumerate(inputs, 1) if isinstance(one, str)}
     config = from_config_dict(SamplingConfig, values.config)
-    generator, _ = load_generator(values.checkpoint, config, prompts=texts)
+    generator, _ = load_generator(values.checkpoint, config, prompts=texts,
+                                  mesh=find_mesh(values.mesh))
     (answers,) = infer(generator, [inputs], mode, seeds=[values.seed])
     out.mkdir(parents=True, exist_ok=True)
     for number, answer in enumerate(answers, 1):
@@ -75,6 +77,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("input", None, "A text, or @FILE for an image; given several times, in order.")
     flags.DEFINE_string("out", None, "Folder of what comes out; new or empty.")
     flags.DEFINE_integer("seed", 0, "Of text and noise.", lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_string("mesh", "", "Devices to draw on, like tensor=2; by default the first alone.")
     for define, names in SETTINGS.items():
         for name in names:
             define(name, None, "See irg_jax/sampling/modes.py.")

@@ -21,7 +21,7 @@ from absl import flags
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
-from irg_jax.parallel.sharding import make_mesh, parse_mesh
+from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import load_generator
@@ -47,7 +47,7 @@ def main(values: Any) -> None:
     fields = to_plain(values.config)
     limits = from_config_dict(ServeConfig, fields.pop("serve", {}), "serve")
     config = from_config_dict(SamplingConfig, fields)
-    mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
+    mesh = find_mesh(values.mesh)
     generator, checkpoint = load_generator(values.checkpoint, config, prompts={}, mesh=mesh)
     if limits.warm_up:
         print("--config.serve.warm_up=False leaves compiling to the first requests", flush=True)

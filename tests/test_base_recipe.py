@@ -75,6 +75,7 @@ def test_examples_hold_nothing_that_is_held_out():
         assert labels.background[index] == BACKGROUNDS.index(scene.background)
 
 
+@pytest.mark.slow
 def test_the_encoder_learns_to_see(tmp_path):
     """On scenes it was not trained on, the heads name most backgrounds; chance is one of eight."""
     config = dataclasses.replace(RECIPE, total_steps=450, num_images=600)

@@ -15,7 +15,7 @@ from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.sampling.cache import Context, View
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 from irg_jax.sampling.trajectory import Generator, fork
-from sampling_cases import SETTINGS, distance, make_model
+from sampling_cases import CONFIG, SETTINGS, distance, make_model
 
 PROMPTS = ["a red circle", "two green stars above one cross and so on", "blue"]
 SIZE = {"height": SETTINGS.height, "width": SETTINGS.width}
@@ -218,9 +218,28 @@ def test_sizes_that_the_model_cannot_draw_are_refused(generator):
             Generator(make_model(), dataclasses.replace(SETTINGS, **transform))
 
 
+@pytest.mark.parametrize("height, width", [
+    (256, 272), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((256, 1024), (1008, 272)))])
+def test_images_of_the_released_sizes_are_drawn_and_looked_at(height, width):
+    """With position tables as large as the released model has."""
+    config = dataclasses.replace(CONFIG, max_latent_size=64, vit_max_num_patch_per_side=70)
+    settings = dataclasses.replace(
+        SETTINGS, height=height, width=width, turn1=FlowConfig(num_timesteps=2),
+        vae_transform=ImageTransform(16, 1024, 256), vit_transform=ImageTransform(14, 980, 224))
+    drawer = Generator(dataclasses.replace(make_model(), config=config), settings)
+    state = drawer.begin(["a"], seeds=[0])
+    (image,) = drawer.draw(state)
+    assert image.shape == (height, width, 3) and image.std() > 1
+    seen = drawer.look(state, [image]).main.view
+    (latents, patches) = (((w // p) * (h // p)) for (w, h), p in zip(drawer.sizes_seen(image), (16, 14)))
+    assert latents == height * width // 256
+    assert used(seen) == [used(state.main)[0] + latents + patches + 4]
+
+
 def test_settings_are_checked_at_the_door():
     for cls, fields in ((FlowConfig, {"num_timesteps": 1}), (FlowConfig, {"timestep_shift": 0.0}),
-                        (FlowConfig, {"cfg_renorm_min": 2.0}), (TextConfig, {"max_length": 0}),
+                        (FlowConfig, {"cfg_renorm_min": 2.0}), (FlowConfig, {"taylorseer_order": 7}),
+                        (FlowConfig, {"taylorseer_interval": 0}), (TextConfig, {"max_length": 0}),
                         (TextConfig, {"temperature": 0.0}), (SamplingConfig, {"num_turns": 0})):
         with pytest.raises(ValueError, match=next(iter(fields))):
             cls(**fields)

@@ -44,6 +44,7 @@ HOSTILE = [
     ("none", b'{"prompt": "a", "n": 0}', 400, "positive"),
     ("turns", b'{"prompt": "a", "num_turns": 99}', 400, "max_turns"),
     ("steps", b'{"prompt": "a", "num_timesteps": 100000}', 400, "max_timesteps"),
+    ("order", b'{"prompt": "a", "taylorseer_order": 1000000}', 400, "taylorseer_order"),
     ("no step", b'{"prompt": "a", "num_timesteps": 1}', 400, "num_timesteps"),
     ("large", b'{"prompt": "a", "size": "99999x99999"}', 400, "does not suit"),
     ("odd", b'{"prompt": "a", "size": "33x33"}', 400, "does not suit"),

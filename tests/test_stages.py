@@ -67,6 +67,7 @@ def test_both_stages_are_trained_drawn_and_exported(run):
             np.testing.assert_allclose(one, other, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_two_hosts_draw_and_export_the_same(job, run, base):  # noqa: F811
     """The first draws alone, on its own two devices; moments and EMA lie in the hosts' memory."""
     done = launch(job, base / "hosts", 2, 2, f"--config.data.source={base / 'data'}", "--config.mesh.fsdp=2",

@@ -49,6 +49,11 @@ def parse_mesh(text: str) -> MeshConfig:
     return MeshConfig(**{"fsdp": 1} | {axis: int(size) for axis, size in sizes.items()})
 
 
+def find_mesh(text: str) -> Mesh | None:
+    """The mesh of `parse_mesh` over all devices; None for "", which leaves the choice to others."""
+    return make_mesh(parse_mesh(text)) if text else None
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh; slices of a multi-slice TPU are parts of `data`.
 

@@ -30,10 +30,10 @@ class FlowConfig:
         if self.num_timesteps < 2 or self.timestep_shift <= 0:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be 2 or more and "
                              f"timestep_shift {self.timestep_shift} positive")
-        if self.taylorseer_first < 1 or self.taylorseer_interval < 1 or self.taylorseer_order < 0:
+        if self.taylorseer_first < 1 or self.taylorseer_interval < 1 or not 0 <= self.taylorseer_order <= 6:
             raise ValueError(f"taylorseer_first {self.taylorseer_first} and taylorseer_interval "
                              f"{self.taylorseer_interval} must be 1 or more, taylorseer_order "
-                             f"{self.taylorseer_order} not negative")
+                             f"{self.taylorseer_order} from 0 to 6")
         if not 0 <= self.cfg_renorm_min <= 1:
             raise ValueError(f"cfg_renorm_min {self.cfg_renorm_min} must be in [0, 1]")
 
