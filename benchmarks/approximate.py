@@ -40,7 +40,7 @@ REFERENCE = 10    # times as many steps
 VARIANTS = {"as configured": {}, "euler, 13 points": {"num_timesteps": 13},
             "adams, 13 points": {"num_timesteps": 13, "solver": "adams"},
             "adams, 9 points": {"num_timesteps": 9, "solver": "adams"},
-            "taylorseer": {"enable_taylorseer": True},
+            "taylorseer": {"enable_taylorseer": True, "taylorseer_order": 2},
             "taylorseer, order 1": {"enable_taylorseer": True, "taylorseer_order": 1},
             "taylorseer, order 1, first 3": {"enable_taylorseer": True, "taylorseer_order": 1,
                                              "taylorseer_first": 3},

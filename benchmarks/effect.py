@@ -1,7 +1,8 @@
-"""The paper's effect on the miniature: seeds, further turns, the length of thoughts, sight, and the ablation.
+"""The paper's effect on the miniature: seeds, further turns, when to stop, length of thoughts, sight, ablation.
 
     python benchmarks/effect.py seeds --out runs/effect       the main job with seeds 0, 1, 2
     python benchmarks/effect.py turns --run runs/shapes       four turns of a trained model
+    python benchmarks/effect.py stop --run runs/shapes        rules that end a trajectory early
     python benchmarks/effect.py length --run runs/shapes      gain of turn 2 against the words of its thought
     python benchmarks/effect.py sight --run runs/shapes       turn 2 after another prompt's first picture
     python benchmarks/effect.py ablation --run runs/shapes    base; better images; trajectories; six modes
@@ -14,6 +15,7 @@ such a run for seed N if it lies at OUT/seedN.
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,7 @@ from irg_jax.sampling.opening import in_batches, load_generator  # noqa: E402
 from irg_jax.sampling.trajectory import fork  # noqa: E402
 
 TURNS = 4
+NOTHING_ASKED = r"the picture must have all things\.\n.*\ndraw all anew\."   # what right pictures are told
 GROUPS = 4       # of prompts, by the length of the second thought
 DRAW = ("--benchmark", "shapes", "--config", "configs/shapes_generate.py")
 
@@ -89,19 +92,55 @@ def measure_seeds(flags: argparse.Namespace) -> dict[str, Any]:
     return {"cases": cases}
 
 
-def measure_turns(flags: argparse.Namespace) -> dict[str, Any]:
-    """Scores of turns 1 to TURNS, and what each adds to the first."""
+def draw_turns(flags: argparse.Namespace) -> list[Any]:
+    """The results of TURNS turns of the held-out prompts."""
     folder = pathlib.Path(flags.run, "eval", f"turns{TURNS}")
     python("-m", "irg_jax.evaluate", *DRAW, "--base", f"{flags.run}/base", "--checkpoint",
            f"{flags.run}/stage2", "--prompts", f"{flags.run}/data/prompts_heldout.jsonl",
            "--out", str(folder), "--turns", str(TURNS))
-    results = read_results(ROOT / folder / "results.jsonl")
+    return read_results(ROOT / folder / "results.jsonl")
+
+
+def measure_turns(flags: argparse.Namespace) -> dict[str, Any]:
+    """Scores of turns 1 to TURNS, and what each adds to the first."""
+    results = draw_turns(flags)
     scores = overall(results)
     gains = {f"turn{turn}_minus_turn1": difference(results, f"turn{turn}", "turn1")
              for turn in range(2, TURNS + 1)}
     for name, score in scores.items():
         print_row(name, score, *([gains[f"{name}_minus_turn1"]] if f"{name}_minus_turn1" in gains else []))
     return {"scores": scores, **gains}
+
+
+def measure_stop(flags: argparse.Namespace) -> dict[str, Any]:
+    """The last picture's score, and pictures drawn, by the rules of `stop_text` and `stop_change`."""
+    turns: dict[str, list[Any]] = {}
+    for result in draw_turns(flags):
+        if result.system.startswith("turn"):
+            turns.setdefault(result.id, []).append(result)
+    cases, before = [], None
+    for rule in ({"num_turns": 2}, {"num_turns": 2, "stop_text": NOTHING_ASKED}, {},
+                 {"stop_text": NOTHING_ASKED}, *({"stop_change": levels} for levels in (2.0, 5.0, 10.0))):
+        last = [last_turn(sorted(one, key=lambda turn: turn.system), **rule) for one in turns.values()]
+        right = np.array([turn.correct for turn, _ in last])
+        before = right if before is None else before
+        cases.append({**rule, "score": round(float(right.mean()), 4),
+                      "minus_two_turns": as_json(paired_bootstrap(right, before, seed=0)),
+                      "pictures": round(float(np.mean([drawn for _, drawn in last])), 3)})
+        print_row(str(rule), cases[-1]["score"], cases[-1]["minus_two_turns"], cases[-1]["pictures"])
+    return {"cases": cases}
+
+
+def last_turn(turns: Sequence[Any], num_turns: int = TURNS, stop_text: str = "", stop_change: float = 0.0
+              ) -> tuple[Any, int]:
+    """The turn that `Generator.trajectories` ends with by such rules, and how many pictures were drawn."""
+    picture = lambda turn: np.asarray(Image.open(turn.image).convert("RGB")).astype(int)
+    for number in range(1, num_turns):
+        if stop_text and re.search(stop_text, turns[number].text):
+            return turns[number - 1], number
+        if stop_change and np.abs(picture(turns[number]) - picture(turns[number - 1])).mean() < stop_change:
+            return turns[number], number + 1
+    return turns[num_turns - 1], num_turns
 
 
 def measure_length(flags: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +218,7 @@ def print_row(name: str, *values: float | Mapping[str, Any]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-MEASURES = {"seeds": measure_seeds, "turns": measure_turns, "length": measure_length,
+MEASURES = {"seeds": measure_seeds, "turns": measure_turns, "stop": measure_stop, "length": measure_length,
             "sight": measure_sight, "ablation": measure_ablation}
 
 

@@ -36,7 +36,7 @@ def test_polynomials_are_continued_from_the_computed_steps(first, interval, orde
 
 
 def test_new_branches_begin_anew_and_fewer_go_on():
-    config = FlowConfig(num_timesteps=13, taylorseer_first=2, taylorseer_interval=3)
+    config = FlowConfig(num_timesteps=13, taylorseer_first=2, taylorseer_interval=3, taylorseer_order=2)
     plan = plan_steps(timesteps(config), [1] * 4 + [3] * 5 + [1] * 3, config)
     assert np.flatnonzero(plan.is_computed).tolist() == [0, 1, 4, 5, 8, 11]
     assert (plan.weights[6] != 0).tolist() == [True, True, False]   # nothing from before the branches came
@@ -44,7 +44,7 @@ def test_new_branches_begin_anew_and_fewer_go_on():
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"cfg_interval": (0.3, 0.9), "taylorseer_first": 2}, {"taylorseer_order": 1, "solver": "adams"},
+    {}, {"cfg_interval": (0.3, 0.9), "taylorseer_first": 2}, {"taylorseer_order": 2, "solver": "adams"},
     {"taylorseer_order": 0, "taylorseer_interval": 4}, {"cfg_text_scale": 1.0}], ids=str)
 def test_drawing_equals_a_loop_that_fits_a_polynomial(model, branches, fields):  # noqa: F811
     """Every branch by itself, by numpy's fit in float64 through the last points."""

@@ -24,7 +24,7 @@ class FlowConfig:
     enable_taylorseer: bool = False
     taylorseer_first: int = 5
     taylorseer_interval: int = 3
-    taylorseer_order: int = 2    # of the polynomial: 0 takes the last computed step's
+    taylorseer_order: int = 1    # of the polynomial: 0 takes the last computed step's
 
     def __post_init__(self):
         if self.num_timesteps < 2 or self.timestep_shift <= 0:
