@@ -49,6 +49,9 @@ def main(values: Any) -> None:
     config = from_config_dict(SamplingConfig, fields)
     mesh = find_mesh(values.mesh)
     generator, checkpoint = load_generator(values.checkpoint, config, prompts={}, mesh=mesh)
+    size = generator.context_bytes(said=limits.max_tokens, num_turns=config.num_turns) / 2**30
+    print(f"a context takes up to {size:.3g} GiB; {limits.max_active} are kept at once (max_active)",
+          flush=True)
     if limits.warm_up:
         print("--config.serve.warm_up=False leaves compiling to the first requests", flush=True)
         warm_up(generator, limits.max_batch)

@@ -1,5 +1,6 @@
 """What the sampling tests share: a model small enough to compile in a second, and its tokenizer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -29,6 +30,9 @@ SETTINGS = SamplingConfig(
     text=TextConfig(max_length=10, temperature=1.0), height=32, width=48, system_prompt="plan",
     vae_transform=ImageTransform(16, 64, 16), vit_transform=ImageTransform(14, 56, 14),
     dtype="float32", text_multiple=8, cache_multiple=32)
+
+# Few shapes to compile, whoever meets.
+WIDE = dataclasses.replace(SETTINGS, text_multiple=32, cache_multiple=256)
 
 
 @functools.cache

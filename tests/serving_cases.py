@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -17,7 +16,7 @@ from PIL import Image
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.app import make_app
 from irg_jax.serving.config import ServeConfig
-from sampling_cases import SETTINGS, make_model
+from sampling_cases import WIDE, make_model
 
 DRAW, EDIT, CHAT = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"
 LIMITS = ServeConfig(max_batch=2, max_active=6, max_queue=100, max_body_mib=1, body_seconds=1.0,
@@ -62,8 +61,7 @@ def served(generator: Generator, limits: ServeConfig):
 
 @functools.cache
 def make_generator() -> Generator:
-    # Wide multiples: few shapes to compile, however requests meet.
-    return Generator(make_model(), dataclasses.replace(SETTINGS, text_multiple=32, cache_multiple=256))
+    return Generator(make_model(), WIDE)
 
 
 def draw(seed: int, **more) -> tuple[str, dict]:

@@ -218,6 +218,16 @@ def test_sizes_that_the_model_cannot_draw_are_refused(generator):
             Generator(make_model(), dataclasses.replace(SETTINGS, **transform))
 
 
+def test_what_a_context_takes_is_told(generator):
+    state = generator.begin(["a"], seeds=[0])
+    said = used(state.main)[0]
+    _, state = generator.think(state, ["blue"])
+    _, state = generator.think(generator.look(state, [np.zeros((32, 48, 3), np.uint8)]), ["blue"])
+    per_token = sum(x.nbytes for x in state.main.kv) / state.main.view.capacity
+    shorter = 2 * (SETTINGS.text.max_length - length("blue"))    # than texts may be
+    assert used(state.main)[0] * per_token == generator.context_bytes(said=said - shorter, num_turns=2)
+
+
 @pytest.mark.parametrize("height, width", [
     (256, 272), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((256, 1024), (1008, 272)))])
 def test_images_of_the_released_sizes_are_drawn_and_looked_at(height, width):

@@ -108,6 +108,7 @@ def test_turns_are_streamed_as_they_appear(client):
     kinds = [name.removeprefix("image_generation.") for name, _ in events]
     assert kinds == ["text", "partial_image", "text", "completed"]
     assert [event["turn"] for _, event in events] == [1, 1, 2, 2]
+    assert [event["type"] for _, event in events] == [name for name, _ in events]
     assert decoded(events[1][1]["b64_json"]).shape == (32, 48, 3) and events[3][1]["size"] == "48x32"
     whole = client.post(path, json=fields | {"stream": False, "turns": True}).json()["data"][0]
     assert [turn["b64_json"] for turn in whole["turns"]] == [events[i][1]["b64_json"] for i in (1, 3)]

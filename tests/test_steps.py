@@ -2,13 +2,15 @@
 
 import random
 
+import jax
 import numpy as np
 import pytest
 
+from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.sampling.modes import ModeConfig, converse
 from irg_jax.sampling.steps import Job, advance, group, run_jobs
 from irg_jax.sampling.trajectory import Generator, Given
-from sampling_cases import SETTINGS, make_model
+from sampling_cases import WIDE, make_model
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
 IRG = ModeConfig(think=True, num_turns=2, do_sample=False)
@@ -25,7 +27,7 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator(make_model(), SETTINGS)
+    return Generator(make_model(), WIDE)
 
 
 def make_jobs(generator: Generator, told: list[list]) -> list[Job]:
@@ -45,22 +47,35 @@ def same(image: np.ndarray | None, other: np.ndarray | None) -> bool:
     return image.shape == other.shape and np.abs(image.astype(int) - other).max() <= 1
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_order_of_steps_comes_out_as_alone(generator, alone, seed):
-    """Jobs begin when they like; each time some of one kind go on, in a batch of any size."""
+    """Jobs begin when they like; each time some of one kind go on, in a batch that is filled up."""
     chance, told = random.Random(seed), [[] for _ in ASKED]
     jobs = make_jobs(generator, told)
     sizes = set()
     while groups := group(jobs):
         kind = chance.choice(groups)
-        chosen = chance.sample(kind, chance.randint(1, len(kind)))
+        chosen = chance.sample(kind, chance.randint(1, min(len(kind), 4)))
         sizes.add(len(chosen))
-        advance(generator, chosen, chance.choice([len(chosen), 4, 8]) if len(chosen) <= 4 else 8)
+        advance(generator, chosen, 4 if len(chosen) > 1 else chance.choice((1, 4)))
     assert len(sizes) > 1
     for job, events, answers, expected in zip(jobs, told, *alone, strict=True):
         assert [answer.text for answer in job.answer] == [answer.text for answer in answers]
         assert all(same(mine.image, its.image) for mine, its in zip(job.answer, answers, strict=True))
         assert [(turn, type(made)) for turn, made in events] == [(turn, type(made)) for turn, made in expected]
+
+
+def test_a_mesh_gathers_over_its_devices(alone):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    generator, chance = Generator(make_model(), WIDE, mesh=mesh), random.Random(0)
+    jobs = make_jobs(generator, [[] for _ in ASKED])
+    while groups := group(jobs):
+        chosen = max(groups, key=len)
+        chosen = chance.sample(chosen, min(len(chosen), 3))    # one stays behind, and catches up
+        advance(generator, chosen, generator.fit_batch(len(chosen)))
+    for job, answers in zip(jobs, alone[0], strict=True):
+        assert [answer.text for answer in job.answer] == [answer.text for answer in answers]
+        assert all(same(mine.image, its.image) for mine, its in zip(job.answer, answers, strict=True))
 
 
 def test_what_is_given_is_neither_written_nor_drawn(alone):

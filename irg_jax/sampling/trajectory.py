@@ -185,6 +185,15 @@ class Generator:
         return tuple(target_size(width, height, transform)
                      for transform in (self.config.vae_transform, self.config.vit_transform))
 
+    def context_bytes(self, *, said: int, num_turns: int) -> int:
+        """What the context of one trajectory takes at most: `said` tokens of the user, texts of full length."""
+        patches = self.model_config.pixels_per_token, self.model_config.vit.patch_size
+        image = sum((width // patch) * (height // patch) + len(self._brackets)
+                    for (width, height), patch in zip(self.sizes_seen(None), patches))
+        tokens = said + num_turns * self.config.text.max_length + (num_turns - 1) * image
+        layers, _, heads, _, size = self._empty.kv.key.shape
+        return 2 * layers * heads * size * self._empty.kv.key.dtype.itemsize * tokens
+
     def start(self, seeds: Sequence[int], *, system: bool = True) -> State:
         """Nothing is said yet but the system prompt if `system`.
 

@@ -74,6 +74,7 @@ def error_body(message: str, kind: str) -> dict[str, Any]:
 
 
 def server_event(name: str | None, fields: dict[str, Any] | str) -> str:
-    """A server-sent event."""
-    data = fields if isinstance(fields, str) else json.dumps(fields)
-    return (f"event: {name}\n" if name else "") + f"data: {data}\n\n"
+    """A server-sent event; OpenAI's client looks for its name in `type`."""
+    if name is None:
+        return f"data: {fields if isinstance(fields, str) else json.dumps(fields)}\n\n"
+    return f"event: {name}\ndata: {json.dumps({'type': name, **fields})}\n\n"
