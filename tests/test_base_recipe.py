@@ -89,6 +89,7 @@ def test_the_encoder_learns_to_see(tmp_path):
     assert metrics["background"] > 0.8
 
 
+@pytest.mark.slow
 def test_encoder_and_connector_fit_the_network_and_resume_exactly(tmp_path, monkeypatch):
     whole = train_encoder(MODEL, RECIPE, TRANSFORM, tmp_path / "whole")
     shapes = names.model_shapes(MODEL)

@@ -117,6 +117,7 @@ def test_any_processes_train_alike(stage, alone, tmp_path, processes, devices, a
     assert all("step/s" not in output and "s/step" not in output for _, output in done[1:])
 
 
+@pytest.mark.slow
 def test_fewer_devices_with_accumulation_train_alike(stage, alone, tmp_path):
     [(code, output)] = launch(stage, tmp_path, 1, 2, *mesh(fsdp=2), "--config.accumulate=2")
     assert code == 0, output

@@ -207,6 +207,7 @@ def test_an_evaluation_is_what_the_report_reads(prompts, checkpoints, tmp_path):
         assert bool(result.text) <= (system != "base")
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_more_turns_begins_like_one_of_two(prompts, checkpoints, tmp_path):
     evaluate(tmp_path / "two", prompts, checkpoints)
     recorder = open_recorder(tmp_path / "three", prompts, turns=3)

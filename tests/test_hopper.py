@@ -69,9 +69,9 @@ def mixed_rows(packs: int, length: int) -> Rows:
 
 
 @pytest.mark.parametrize("rows, packs, groups, shared, size", [
-    (mixed_rows, 2, 1, 2, 64),
+    pytest.param(mixed_rows, 2, 1, 2, 64, marks=pytest.mark.slow),
     (functools.partial(long_rows, 7), 1, 2, 1, 128),
-    (functools.partial(one_image, noised=True), 1, 2, 1, 128),
+    pytest.param(functools.partial(one_image, noised=True), 1, 2, 1, 128, marks=pytest.mark.slow),
     (padding, 1, 2, 1, 128),
 ], ids=["two packs", "heads of 128", "one image", "padding"])
 def test_values_and_gradients_are_the_dense_ones(rows, packs, groups, shared, size):

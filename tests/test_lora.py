@@ -152,6 +152,7 @@ def test_another_stage_goes_on_from_it(run, base):  # noqa: F811
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, wanted)
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
     signal_after(1, monkeypatch)
     assert train(config(base, stage="thin", **FIELDS), base / "stopped") < 4

@@ -134,6 +134,13 @@ def test_contradictions_are_refused():
         infer(silent, [["a"]], ModeConfig(think=True), seeds=[0])
 
 
+@pytest.mark.parametrize("fields", [{"window": 1}, {"stop_text": "x"}, {"stop_change": 1.0}])
+def test_rules_that_it_does_not_follow_are_refused(fields):
+    generator = Generator(make_model(), dataclasses.replace(SETTINGS, **fields))
+    with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*leave it out"):
+        infer(generator, [["a"]], ModeConfig(think=True, num_turns=2), seeds=[0])
+
+
 def test_inputs_of_the_command_are_texts_and_checked_images(tmp_path):
     assert infer_command.read_input("a red circle") == "a red circle"
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")

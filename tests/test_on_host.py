@@ -151,6 +151,7 @@ def test_the_average_is_drawn_with(run, drawn):
     jax.tree.map(np.testing.assert_array_equal, drawn.params, restored(run, 4)["ema"])
 
 
+@pytest.mark.slow
 def test_it_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
     fields = FIELDS | {"stage": "host", "on_host": BOTH}
     signal_after(1, monkeypatch)

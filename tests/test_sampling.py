@@ -228,8 +228,8 @@ def test_what_a_context_takes_is_told(generator):
     assert used(state.main)[0] * per_token == generator.context_bytes(said=said - shorter, num_turns=2)
 
 
-@pytest.mark.parametrize("height, width", [
-    (256, 272), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((256, 1024), (1008, 272)))])
+@pytest.mark.slow
+@pytest.mark.parametrize("height, width", [(256, 272), (256, 1024), (1008, 272)])
 def test_images_of_the_released_sizes_are_drawn_and_looked_at(height, width):
     """With position tables as large as the released model has."""
     config = dataclasses.replace(CONFIG, max_latent_size=64, vit_max_num_patch_per_side=70)

@@ -28,7 +28,7 @@ def test_slices_are_parts_of_data(libtpu):
 
 @pytest.mark.parametrize("name, heads, key_heads, size, slots", [
     ("v5p-8", 28, 4, 128, 40_960),
-    ("v6e-4", 28, 4, 128, 40_960),
+    pytest.param("v6e-4", 28, 4, 128, 40_960, marks=pytest.mark.slow),
     pytest.param("v5e-4", 28, 4, 128, 40_960, marks=pytest.mark.slow),
     pytest.param("v5p-8", 28, 4, 128, 57_344, marks=pytest.mark.slow),    # keys in two walks
     ("v5p-8", 16, 16, 72, 19_968)])   # the vision encoder

@@ -86,8 +86,8 @@ def test_a_step_that_is_not_finite_leaves_all_but_its_number(bad):
     assert metrics["finite"] and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(sound))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2),
-                                  MeshConfig(fsdp=2, context=2),
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2),
+                                  pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.slow),
                                   pytest.param(MeshConfig(fsdp=1, context=4), marks=pytest.mark.slow)])
 def test_any_mesh_gives_the_same_steps(single, mesh):
     losses, state = run(mesh, 4, CONFIG)
@@ -120,7 +120,8 @@ def test_parameters_and_moments_are_sharded_as_the_table_says():
         assert tree["decoder"]["norm"]["scale"].sharding.spec in (P(), P(None))
 
 
-@pytest.mark.parametrize("field", [{"accumulate": 4}, {"remat": "attention"}, {"remat": "full"}])
+@pytest.mark.parametrize("field", [{"accumulate": 4}, {"remat": "attention"},
+                                   pytest.param({"remat": "full"}, marks=pytest.mark.slow)])
 def test_accumulation_and_remat_change_nothing(single, field):
     losses, _ = run(MeshConfig(), 1, dataclasses.replace(CONFIG, **field))
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)

@@ -33,7 +33,7 @@ def quantize(model: nnx.Module, dtype: str) -> nnx.Module:
 
 def find_dtype(params: Params) -> str | None:
     """What the kernels of a network are quantised to, None if they are not."""
-    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params["decoder"]["layers"])}
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params.get("decoder"))}
     return next((dtype for dtype in DTYPES if dtype in dtypes), None)
 
 

@@ -99,6 +99,8 @@ def converse(generator: Generator, conversation: Conversation, mode: ModeConfig,
     Raises: ValueError as `infer` does, before its first step.
     """
     config = generator.config
+    if mode.num_turns > 1:
+        check_turns(config)
     if mode.think and not config.system_prompt:
         raise ValueError("think is set, but the generator has no system_prompt that says how to think")
     if not conversation:
@@ -120,6 +122,14 @@ def converse(generator: Generator, conversation: Conversation, mode: ModeConfig,
         tell(number, image)
         answers.append(Answer(text, image, has_ended))
     return tuple(answers)
+
+
+def check_turns(config: SamplingConfig) -> None:
+    """Raises ValueError for settings that `converse` lacks: it looks back at all turns, and draws all."""
+    for name in ("window", "stop_text", "stop_change"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; irg_jax.generate and irg_jax.evaluate "
+                             "alone know it: leave it out")
 
 
 def _read(generator: Generator, conversation: Conversation, mode: ModeConfig, seed: int
