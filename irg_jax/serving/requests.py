@@ -96,7 +96,9 @@ class Reader:
             raise ValueError(f"field 'partial_images' is {body.partial_images}; it must not be negative")
         if is_edit != bool(body.image):
             raise ValueError("field 'image' is " + ("missing" if is_edit else "for /v1/images/edits alone"))
-        self._at_most(body, n="max_n")
+        if body.n < 1:
+            raise ValueError(f"field 'n' is {body.n}; it must be positive")
+        self._limit("n", body.n, "max_n")
         self._limit("image", len(body.image), "max_images")
         # An edit is one picture, and a drawing a whole trajectory, unless another is asked for.
         think = given.setdefault("think", not is_edit and bool(self._generator.config.system_prompt))
@@ -184,8 +186,8 @@ class Reader:
         self._limit("num_timesteps", mode.num_timesteps or 0, "max_timesteps")
         text = mode.text(config.text)
         if text.max_length > config.text.max_length:
-            raise ValueError(f"field 'max_tokens' is {text.max_length}; this server writes at most "
-                             f"{config.text.max_length}")
+            raise ValueError(f"a text of {text.max_length} tokens (field 'max_think_token_n', of a chat "
+                             f"'max_tokens') is asked for; this server writes at most {config.text.max_length}")
         flows = {mode.flow(flow) for flow in (config.turn1, config.turn2)}
         if mode.image_shape:
             self._generator.check_size(*mode.image_shape)
@@ -201,13 +203,6 @@ class Reader:
                              "(max_settings), and compiles no others; leave settings and sizes out, or repeat "
                              "earlier ones")
         self._settings |= settings
-
-    def _at_most(self, body: Any, **limits: str) -> None:
-        for name, limit in limits.items():
-            value = getattr(body, name)
-            if value < 1:
-                raise ValueError(f"field {name!r} is {value}; it must be positive")
-            self._limit(name, value, limit)
 
     def _limit(self, what: str, value: int, name: str, factor: int = 1) -> None:
         limit = factor * getattr(self._config, name)
