@@ -94,7 +94,7 @@ def show(folder: pathlib.Path, *, leaves: bool) -> None:
                                    if (step := find_resumed(list_steps(stage)))]
     if not steps:
         raise ValueError(f"{str(folder)!r} has no sealed step")
-    import jax   # it and Orbax take seconds, which `ls` should not cost
+    import jax  # it and Orbax take seconds, which `ls` should not cost
 
     from irg_jax.checkpoints.contents import group, read_contents
     jax.config.update("jax_platforms", "cpu")   # the accelerator may be at work, on this very run

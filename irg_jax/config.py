@@ -16,7 +16,6 @@ from irg_jax.training.losses import LossConfig
 from irg_jax.training.optimizer import OptimizerConfig, never_trained
 from irg_jax.training.step import StepConfig
 
-
 # What BAGEL-7B-MoT was released with; a checkpoint brings its own.
 BAGEL_7B_MOT = ModelConfig(
     LLMConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,

@@ -70,6 +70,8 @@ def generate(config: TrainConfig, topology: Topology, sampled: SamplingConfig, p
 def main(values: Any) -> None:
     jax.config.update("jax_platforms", "cpu")   # a machine with a TPU can stay at its work
     topology = find_topology(values.topology)
+    if values.weights and values.program == "train":
+        raise ValueError(f"--weights {values.weights} is for --program generate or write; training rounds none")
     config = from_config_dict(TrainConfig, values.config).on(topology)
     config = override(config, values.mesh, values.packs)
     print(f"compiling for {topology.name}: minutes of one core", flush=True)

@@ -51,7 +51,7 @@ def main(values: Any) -> None:
     check_turns(config)
     generator, checkpoint = load_generator(values.checkpoint, config, prompts={}, mesh=mesh)
     size = generator.context_bytes(said=limits.max_tokens, num_turns=config.num_turns) / 2**30
-    print(f"a context takes up to {size:.3g} GiB; {limits.max_active} are kept at once (max_active)",
+    print(f"a context takes about {size:.3g} GiB at most; {limits.max_active} are kept at once (max_active)",
           flush=True)
     if limits.warm_up:
         print("--config.serve.warm_up=False leaves compiling to the first requests", flush=True)

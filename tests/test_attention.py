@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attention_cases import dense, gradients, random_rows
 from data_pipelines.batch import Rows
 from irg_jax.kernels import blockwise
 from irg_jax.kernels.attention import attend, look
 from irg_jax.models.layers import matmul
-from attention_cases import dense, gradients, random_rows
 
 
 @settings(deadline=None, max_examples=8)

@@ -14,7 +14,7 @@ COMMANDS = {  # and a flag of its own
     "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
     "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
     "irg_jax.infer": "--understanding_output", "irg_jax.report": "RUN", "irg_jax.make_base": "--out",
-    "irg_jax.precompile": "--topology", "irg_jax.checkpoint": "--leaves",
+    "irg_jax.precompile": "--topology", "irg_jax.checkpoint": "--leaves", "irg_jax.serve": "--allowed_host",
 }
 TRAIN = ["irg_jax.train", "--workdir", "OUT", "--config", "configs/shapes_stage1.py"]
 
@@ -51,6 +51,12 @@ def test_help_lists_the_flags(command):
       "--config.drafts=nowhere"], "nowhere holds no finished drafts"),
     (["irg_jax.generate", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--out", "OUT",
       "--prompt", " "], "--prompt is empty"),
+    (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT",
+      "--config.serve.max_qeue=1"], "'serve.max_qeue'; did you mean 'max_queue'?"),
+    (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--config.window=1"],
+     "window is 1"),
+    (["irg_jax.precompile", "--config", "configs/irgl_stage1.py", "--topology", "v5p-8", "--weights", "int8"],
+     "--weights int8 is for"),
 ])
 def test_a_mistake_is_one_sentence(words, told, tmp_path):
     code, output = run(*words, folder=tmp_path)

@@ -13,8 +13,8 @@ from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MESH_AXES
-from irg_jax.training.placement import check_share, place
 from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.placement import check_share, place
 from irg_jax.training.state import create_state
 
 MESHES = [  # data, fsdp, tensor, context

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention_cases import dense, gradients, one_image, padding, random_rows
 from data_pipelines.batch import INF, Rows
+from hopper_interpreter import interpreted
 from irg_jax.kernels import hopper, hopper_backward, tiles
 from irg_jax.kernels.attention import attend, look
-from attention_cases import dense, gradients, one_image, padding, random_rows
-from hopper_interpreter import interpreted
 
 PAST, LENGTH, STRETCH = 40, 290, 30    # no length is a multiple of the tile
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import random_rows
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attention_cases import random_rows
 from data_pipelines.batch import Rows
 from irg_jax.kernels import hopper
 from irg_jax.models import joint

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import dense, gradients, one_image, padding, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from attention_cases import dense, gradients, one_image, padding, random_rows
 from data_pipelines.batch import Rows, visible
 from irg_jax.kernels import tiles, tpu
 from irg_jax.kernels.attention import MAX_HEAD, attend, look

@@ -9,12 +9,12 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import HOSTILE, Collector, make_run, write_lines
 
 from irg_jax import report
 from irg_jax.evaluation import curves
 from irg_jax.evaluation.training_log import METRICS, read_metrics, read_stages
 from irg_jax.evaluation.training_summary import MAX_EVENTS, MAX_PARTS, count_up, flatten
+from test_report import HOSTILE, Collector, make_run, write_lines
 
 SECTIONS = ("Training", "Samples over time", "Goodput", "Starts, stops and faults", "Config")
 PARTS = {"training": 812.3, "compiling": 20.1, "away": 300.0, f"own {HOSTILE}": 5.0}

@@ -220,7 +220,7 @@ def test_sizes_that_the_model_cannot_draw_are_refused(generator):
 
 def test_what_a_context_takes_is_told(generator):
     state = generator.begin(["a"], seeds=[0])
-    said = used(state.main)[0]
+    said = used(state.main)[0] - generator._system.view.length    # that of a prompt, padded
     _, state = generator.think(state, ["blue"])
     _, state = generator.think(generator.look(state, [np.zeros((32, 48, 3), np.uint8)]), ["blue"])
     per_token = sum(x.nbytes for x in state.main.kv) / state.main.view.capacity

@@ -22,8 +22,22 @@ from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.config import ServeConfig
 from irg_jax.serving.engine import PATIENCE, Task, batch_sizes, choose
 from sampling_cases import SETTINGS, make_model
-from serving_cases import (CHAT, DRAW, EDIT, LIMITS, PICTURE, WORDS, ask, decoded, draw, edit, free_port,
-                           make_generator, read_events, served)
+from serving_cases import (
+    CHAT,
+    DRAW,
+    EDIT,
+    LIMITS,
+    PICTURE,
+    WORDS,
+    ask,
+    decoded,
+    draw,
+    edit,
+    free_port,
+    make_generator,
+    read_events,
+    served,
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +114,15 @@ def figures_of(address: str) -> dict:
             for sample in samples}
 
 
-def test_turns_are_streamed_as_they_appear(client):
+def test_turns_are_streamed_as_they_appear(client, address):
     path, fields = draw(3, stream=True)
+    before = figures_of(address).get(("irg_request_seconds_sum", DRAW), 0.0)
     with client.stream("POST", path, json=fields) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
-        events = read_events("".join(response.iter_text()))
+        parts = [(part, time.perf_counter()) for part in response.iter_text()]
+    took = figures_of(address)["irg_request_seconds_sum", DRAW] - before
+    assert took > 0.5 * (parts[-1][1] - parts[0][1]) > 0    # a stream's time is that to its end
+    events = read_events("".join(part for part, _ in parts))
     kinds = [name.removeprefix("image_generation.") for name, _ in events]
     assert kinds == ["text", "partial_image", "text", "completed"]
     assert [event["turn"] for _, event in events] == [1, 1, 2, 2]

@@ -12,7 +12,6 @@ from PIL import Image
 
 from data_pipelines.config import BuildConfig
 from data_pipelines.shapes import build as shapes_build
-from data_pipelines.shapes import language
 from data_pipelines.shapes.build import build
 from data_pipelines.shapes.detect import detect
 from data_pipelines.shapes.drafts import (

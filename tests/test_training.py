@@ -15,9 +15,9 @@ from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
-from irg_jax.training.placement import place
 from irg_jax.training.losses import LossConfig, count_totals, make_flow, mean_losses
 from irg_jax.training.optimizer import OptimizerConfig, make_optimizer, select, trainable_mask
+from irg_jax.training.placement import place
 from irg_jax.training.state import create_state
 from irg_jax.training.step import StepConfig, make_gradient, make_step
 from irg_jax.training.update import make_update

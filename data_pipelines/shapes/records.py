@@ -39,7 +39,6 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.shapes import language, reflections
-from data_pipelines.shapes.detect import detect, detect_background
 from data_pipelines.shapes.drafts import Draft, SeenDraft
 from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
@@ -49,7 +48,6 @@ from data_pipelines.shapes.repair import repair, repair_draft
 from data_pipelines.shapes.sample import pick, sample_medley, sample_request, sample_scene
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
 from data_pipelines.shapes.sketch import sketch
-from data_pipelines.shapes.split import is_training
 
 MODES = (
     "initial_thinking_understanding",

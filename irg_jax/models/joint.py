@@ -10,7 +10,6 @@ Axes: B packs, S or _ tokens of a stream, C past tokens, N heads, K key-value he
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 

@@ -8,7 +8,6 @@ from flax import nnx
 
 from irg_jax.kernels.attention import ATTENDED
 
-
 REMAT = {
     "none": None,                                                            # nothing: all is kept
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),    # all but what attention gave

@@ -9,7 +9,8 @@ Source: `interleave_inference` of BAGEL's inferencer.py; for several turns IRG's
 """
 
 import dataclasses
-from collections.abc import Callable, Generator as Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Coroutine
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np

@@ -7,7 +7,8 @@ contexts come.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Generator as Coroutine, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Generator as Coroutine
 from typing import Any, NamedTuple
 
 import jax
@@ -159,7 +160,7 @@ def add(generator: Generator, state: State, texts: list[str]) -> tuple[State, Re
     return _none(dataclasses.replace(state, main=generator.append_text(state.main, texts)))
 
 
-def draw(generator: Generator, state: State, _: list, flow: FlowConfig | None, height: int,
+def draw(generator: Generator, state: State, _: list, flow: FlowConfig, height: int,
          width: int) -> tuple[State, Results]:
     """Draws the next image. Result: it."""
     return state, generator.draw(state, flow=flow, height=height, width=width)

@@ -186,11 +186,15 @@ class Generator:
                      for transform in (self.config.vae_transform, self.config.vit_transform))
 
     def context_bytes(self, *, said: int, num_turns: int) -> int:
-        """What the context of one trajectory takes at most: `said` tokens of the user, texts of full length."""
+        """What the context of one trajectory takes: `said` tokens of the user, texts of full length.
+
+        What texts and contexts are padded to comes on top.
+        """
         patches = self.model_config.pixels_per_token, self.model_config.vit.patch_size
         image = sum((width // patch) * (height // patch) + len(self._brackets)
                     for (width, height), patch in zip(self.sizes_seen(None), patches))
-        tokens = said + num_turns * self.config.text.max_length + (num_turns - 1) * image
+        texts = self._system.view.length + said + num_turns * self.config.text.max_length
+        tokens = texts + (num_turns - 1) * image
         layers, _, heads, _, size = self._empty.kv.key.shape
         return 2 * layers * heads * size * self._empty.kv.key.dtype.itemsize * tokens
 

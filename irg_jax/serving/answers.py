@@ -27,7 +27,8 @@ def image_answer(wanted: Wanted, answers: Sequence[tuple[Answer, ...]]) -> dict[
     """The last image of each trajectory, its text as `revised_prompt`; if wanted with all turns."""
     data = []
     for number, turns in enumerate(answers):
-        made = [{"text": turn.text, "b64_json": encode_image(turn.image)} for turn in turns]
+        made = [{"text": turn.text, "b64_json": encode_image(turn.image)}
+                for turn in (turns if wanted.turns else turns[-1:])]
         data.append({"b64_json": made[-1]["b64_json"], "revised_prompt": turns[-1].text,
                      "seed": wanted.seed_of(number)} | ({"turns": made} if wanted.turns else {}))
     return {"created": int(time.time()), "data": data}

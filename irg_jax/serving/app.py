@@ -95,12 +95,16 @@ class Service:
     def _counted(self, route: str, handle: Handler) -> Handler:
         async def call(request: Request) -> Response:
             start = time.perf_counter()
+            count = lambda: self._metrics.answered(route, response.status_code, time.perf_counter() - start)
             try:
                 _refuse_other_sites(request)
                 response = await handle(request)
             except Exception as error:  # whatever it is becomes an answer; what is ours is logged
                 response = _answer_error(error)
-            self._metrics.answered(route, response.status_code, time.perf_counter() - start)
+            if isinstance(response, EventStream):
+                response.when_ended = count
+            else:
+                count()
             return response
         return call
 
@@ -112,12 +116,14 @@ class EventStream(StreamingResponse):
         super().__init__(_with_errors(events), media_type="text/event-stream",
                          headers={"Cache-Control": "no-store"})
         self._trajectories = trajectories
+        self.when_ended: Callable[[], None] = lambda: None
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._trajectories.cancel()
+            self.when_ended()
 
 
 async def _with_errors(events: AsyncIterator[str]) -> AsyncIterator[str]:

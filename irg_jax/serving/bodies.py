@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import math
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.datastructures import UploadFile

@@ -14,9 +14,9 @@ from irg_jax.models.functional import Functional, Params
 from irg_jax.models.groups import paths_of
 from irg_jax.models.irg import make_autoencoder
 from irg_jax.parallel.compiling import abstract
-from irg_jax.training.placement import Placement, check_share, place
 from irg_jax.training.losses import encode_image
 from irg_jax.training.optimizer import make_optimizer
+from irg_jax.training.placement import Placement, check_share, place
 from irg_jax.training.state import TrainState, create_state
 from irg_jax.training.step import make_step
 

@@ -94,7 +94,7 @@ class MetricWriter:
 
 def open_wandb(folder: pathlib.Path, config: TrainConfig) -> Any:
     """One run a stage folder, however often it is resumed; offline, `wandb sync` sends it later."""
-    import wandb    # not a requirement, and slow to import
+    import wandb  # not a requirement, and slow to import
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     return wandb.init(project="irg_jax", id=name, resume="allow", mode=config.wandb, dir=str(folder),
                       name=f"{folder.parent.name}/{folder.name}", config=dataclasses.asdict(config))
