@@ -54,6 +54,8 @@ HOSTILE = [
     ("url", b'{"prompt": "a", "response_format": "url"}', 400, "response_format"),
     ("texts", b'{"prompt": "a", "texts": ["a", "b", "c"]}', 400, "texts"),
     ("long thought", b'{"prompt": "a", "max_think_token_n": 4096}', 400, "at most"),
+    ("no thought", b'{"prompt": "a", "max_think_token_n": 0}', 400, "'max_think_token_n'"),
+    ("no first step", b'{"prompt": "a", "taylorseer_first": 0}', 400, "out of range: taylorseer_first 0"),
     ("an image", b'{"prompt": "a", "image": ["aaaa"]}', 400, "/v1/images/edits"),
 ]
 

@@ -184,11 +184,15 @@ class Reader:
                     "max_tokens")
         self._limit("num_turns", mode.num_turns, "max_turns")
         self._limit("num_timesteps", mode.num_timesteps or 0, "max_timesteps")
-        text = mode.text(config.text)
-        if text.max_length > config.text.max_length:
-            raise ValueError(f"a text of {text.max_length} tokens (field 'max_think_token_n', of a chat "
-                             f"'max_tokens') is asked for; this server writes at most {config.text.max_length}")
-        flows = {mode.flow(flow) for flow in (config.turn1, config.turn2)}
+        length = mode.max_think_token_n
+        if length is not None and not 1 <= length <= config.text.max_length:
+            raise ValueError(f"a text of {length} tokens (field 'max_think_token_n', of a chat 'max_tokens') "
+                             f"is asked for; use at least 1, and at most {config.text.max_length}")
+        try:
+            text = mode.text(config.text)
+            flows = {mode.flow(flow) for flow in (config.turn1, config.turn2)}
+        except ValueError as error:
+            raise ValueError(f"a field is out of range: {error}") from error
         if mode.image_shape:
             self._generator.check_size(*mode.image_shape)
         seen = {self._generator.sizes_seen(resize(item, config.vae_transform))
