@@ -246,12 +246,12 @@ class Endpoint:
 
 
 def said(text: str, *, role: str = "user", images: Sequence[np.ndarray] = ()) -> dict[str, Any]:
-    """A message; images uint8 [H, W, 3] come before the text, as PNG."""
+    """A message; images uint8 [H, W, 3] follow the text, as PNG."""
     if not images:
         return {"role": role, "content": text}
     parts = [{"type": "image_url", "image_url": {
         "url": f"data:image/png;base64,{base64.b64encode(encode(image)).decode('ascii')}"}} for image in images]
-    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+    return {"role": role, "content": [{"type": "text", "text": text}, *parts]}
 
 
 def encode(image: np.ndarray) -> bytes:
@@ -283,6 +283,8 @@ def in_parallel(work: Callable[[S], T], items: Iterable[S], endpoints: Sequence[
     pool = concurrent.futures.ThreadPoolExecutor(max(each.config.concurrency for each in endpoints))
     try:
         yield from pool.map(attempt, items)
+    except GeneratorExit:    # who asked has enough
+        raise
     except BaseException as fault:
         end(fault)
         raise faults[0]

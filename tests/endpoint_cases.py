@@ -126,7 +126,8 @@ def texts_of(body: dict[str, Any]) -> str:
     said = []
     for message in body.get("messages", []):
         content = message["content"]
-        said += [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+        said += [content] if isinstance(content, str) else [part["text"] for part in content
+                                                              if part["type"] == "text"]
     return "\n".join(said)
 
 

@@ -12,14 +12,15 @@ from PIL import Image
 
 from data_pipelines.shapes.records import heldout_prompts
 from irg_jax import evaluate as evaluation
-from irg_jax import generate as generation
 from irg_jax.checkpoints.model import save_model
+from irg_jax.evaluation import folders as generation
+from irg_jax.evaluation.folders import Order
 from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.results import SYSTEMS, read_manifest, read_results
 from irg_jax.evaluation.shapes import digest_prompts, read_prompts
 from irg_jax.evaluation.statistics import score_table
-from irg_jax.generate import Order
 from irg_jax.sampling.config import FlowConfig, TextConfig
+from irg_jax.sampling.opening import load_generator
 from irg_jax.sampling.trajectory import Given
 from sampling_cases import SETTINGS, make_model
 
@@ -39,7 +40,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def loaded(checkpoints):
-    return generation.load_generator(checkpoints["trained"], QUICK, prompts={})
+    return load_generator(checkpoints["trained"], QUICK, prompts={})
 
 
 def draw(loaded, out, prompts=PROMPTS, **fields) -> int:
@@ -101,7 +102,7 @@ def test_another_run_is_not_mixed_into_a_folder(loaded, tmp_path, change):
 
 def test_control_tokens_and_bad_prompt_files_are_refused(checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"prompt 2 contains the control token '<\|im_end\|>'"):
-        generation.load_generator(checkpoints["base"], QUICK,
+        load_generator(checkpoints["base"], QUICK,
                                   prompts={"prompt 1": "fine", "prompt 2": "red <|im_end|>"})
     path = tmp_path / "prompts.jsonl"
     for content, message in (("", "holds no prompt"), ('{"prompt": 3}', "line 1.*'prompt'"),

@@ -1,0 +1,1 @@
+"""The paper's five benchmarks: their prompts, layouts, judges and formulas."""
