@@ -150,6 +150,7 @@ def run_benchmark(values: Any) -> None:
         prompts = [prompts[i] for i in np.unique(np.linspace(0, len(prompts) - 1, values.limit).astype(int))]
     job = running.Job(protocol, prompts, pathlib.Path(values.out), values.turns,
                       SEED if values.seed is None else values.seed, values.limit)
+    ask = _prepare_judge(values, job)
     if values.checkpoint:
         _require(values, "config")
         config = from_config_dict(SamplingConfig, values.config)
@@ -159,33 +160,37 @@ def run_benchmark(values: Any) -> None:
                      mesh=find_mesh(values.mesh), described=described)
     running.prepare(job)
     print(f"{len(prompts)} prompts of {protocol.title} are drawn and laid out in {job.official}", flush=True)
-    _judge(values, job)
+    ask()
     if missing := running.lacking(job):
         print(f"no results yet of {', '.join(missing)}:")
         for system in missing:
-            print(" ", protocol.howto.format(official=job.official, results=job.results, system=system))
+            print(" ", job.howto(system))
         return
     table = running.score(job, max_unanswered=values.max_unanswered)
     print(running.format_scores(table, is_percent=protocol.is_percent))
 
 
-def _judge(values: Any, job: running.Job) -> None:
-    """Asks the judge, or runs the detector, if one is named."""
+def _prepare_judge(values: Any, job: running.Job) -> Callable[[], None]:
+    """What runs the detector or asks the judge, if one is named; their flags are checked at once."""
     if values.scorer:
         if values.benchmark != "geneval":
-            raise ValueError(f"--scorer is for geneval; {values.benchmark} is scored so: {job.protocol.howto}")
-        running.detect(job, values.scorer, values.scorer_python, values.scorer_model_path)
+            raise ValueError(f"--scorer is for geneval; {values.benchmark} is scored so: {job.howto('turn2')}")
+        running.check_detector(values.scorer, values.scorer_python)
+        return lambda: running.detect(job, values.scorer, values.scorer_python, values.scorer_model_path)
     if not values.judge:
-        return
+        return lambda: None
     if not judging.has_judge(job.protocol):
         raise ValueError(f"--judge: {job.protocol.title} has no judge that answers in words; it is scored so: "
-                         f"{job.protocol.howto}")
+                         f"{job.howto('turn2')}")
     template = judging.load_template(judging.name_of(job.protocol), values.judge_prompt)
-    endpoint = judging.connect(values, job.out / "answers")
-    for system in job.systems:
-        judging.judge(job.protocol, job.prompts, system, official=job.official, results=job.results,
-                      endpoint=endpoint, template=template)
-    print(judging.note_usage(endpoint, job.out / running.USAGE))
+    endpoint = judging.connect(values, job.out / running.ANSWERS)
+
+    def ask() -> None:
+        for system in job.systems:
+            judging.judge(job.protocol, job.prompts, system, official=job.official, results=job.results,
+                          endpoint=endpoint, template=template)
+        print(judging.note_usage(endpoint, job.out / running.USAGE))
+    return ask
 
 
 def _require(values: Any, *names: str) -> None:

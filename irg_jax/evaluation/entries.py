@@ -79,7 +79,9 @@ def _read_scores(folder: pathlib.Path, label: str) -> Entry:
                          if (path := _picture(folder, number * _images(table, place), turn))}
                 for turn, system in enumerate(systems, 1)}
     judges = {str(judge.get("model")) for judge in table["judges"].values() if isinstance(judge, dict)}
-    facts = {"seed": str(table.get("seed")), "prompts": str(table.get("prompts")), "formula": table["formula"],
+    limited = " (a part of the benchmark: no score of it)" if table.get("limit") else ""
+    facts = {"seed": str(table.get("seed")), "prompts": f"{table.get('prompts')}{limited}",
+             "formula": table["formula"],
              **({"judge": ", ".join(sorted(judges))} if judges else {})}
     return Entry(label, (table["benchmark"], table["version"]), systems, table.get("difference", {}),
                  table["texts"], table["by_prompt"], pictures, facts)

@@ -31,7 +31,7 @@ from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, load_generator
 
 BENCHMARKS = ("geneval", "wise", "tiif", "genai_bench", "oneig")
-MANIFEST, SCORES, USAGE = "manifest.json", "scores.json", "usage.json"
+MANIFEST, SCORES, USAGE, ANSWERS = "manifest.json", "scores.json", "usage.json", "answers"
 SEED_RULE = "image k of every prompt has the seed + k"
 
 
@@ -57,6 +57,10 @@ class Job:
     @property
     def results(self) -> pathlib.Path:
         return self.out / "results"
+
+    def howto(self, system: str) -> str:
+        """How the official scorer sees a system's images."""
+        return self.protocol.howto.format(official=self.official, results=self.results, system=system)
 
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same but for weights and settings."""
@@ -84,6 +88,9 @@ def draw(job: Job, config: SamplingConfig, checkpoint: str, *, batch_size: int,
     """
     settings = describe_settings(config)
     found = read_manifest(job.out) if (job.out / MANIFEST).exists() else None
+    if not found and job.out.exists() and any(path.name != ANSWERS for path in job.out.iterdir()):
+        raise ValueError(f"{str(job.out)!r} holds something else than a drawn benchmark (no {MANIFEST}); "
+                         "choose another --out")
     wanted = job.identity() | {"settings": settings}
     if found:
         _compare(job.out, found, wanted)
@@ -116,11 +123,8 @@ def prepare(job: Job) -> None:
     check_layout(job.protocol, job.prompts, job.systems, job.official)
 
 
-def detect(job: Job, repository: str, python: str, model_path: str) -> None:
-    """Runs GenEval's own detector, with the Python that has its packages, on what has no results yet.
-
-    Raises: ValueError if packages or script are missing, or it fails.
-    """
+def check_detector(repository: str, python: str) -> pathlib.Path:
+    """GenEval's script. Raises: ValueError if it is missing, or the Python lacks its packages."""
     script = pathlib.Path(repository) / "evaluation" / "evaluate_images.py"
     if not script.is_file():
         raise ValueError(f"{str(script)!r} does not exist; --scorer is a clone of github.com/djghosh13/geneval")
@@ -132,6 +136,15 @@ def detect(job: Job, repository: str, python: str, model_path: str) -> None:
     if tried.returncode:
         raise ValueError(f"{python} lacks GenEval's packages ({tried.stderr.strip().splitlines()[-1]}); set up "
                          "its environment, and name its Python as --scorer_python")
+    return script
+
+
+def detect(job: Job, repository: str, python: str, model_path: str | None) -> None:
+    """Runs GenEval's own detector, with the Python that has its packages, on what has no results yet.
+
+    Raises: as `check_detector`, or if the script fails.
+    """
+    script = check_detector(repository, python)
     for system in job.systems:
         results = job.results / system / geneval.RESULTS
         if results.exists():
@@ -197,8 +210,9 @@ def format_scores(table: Mapping[str, Any], *, is_percent: bool = False) -> str:
              + ([told(difference[column], "+")] if difference else []) for column in systems[names[0]]]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"{table['prompts']} prompts of {table['benchmark']} ({table['version']}); "
-                      f"{table['formula']}; brackets: 95 % intervals, bootstrap over prompts"])
+    limited = " (a part of the benchmark: no score of it)" if table["limit"] else ""
+    return "\n".join([*lines, "", f"{table['prompts']} prompts{limited} of {table['benchmark']} "
+                      f"({table['version']}); {table['formula']}; brackets: 95 % intervals, bootstrap over prompts"])
 
 
 def read_manifest(out: pathlib.Path) -> dict[str, Any]:
