@@ -232,6 +232,7 @@ def test_a_host_that_dies_ends_the_others_at_once_with_its_name(stage, tmp_path,
     assert running[1 - dying].returncode == 1 and f"error: host {dying} (" in output.splitlines()[-1], output
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_saves_one_step_on_all_and_the_run_resumes(stage, tmp_path):
     line = (stage, tmp_path, 2, 1, *mesh(fsdp=2), "--config.save_every=100000")
     running = start(*line, "--config.total_steps=100000")

@@ -39,6 +39,7 @@ def attend_and_back(query, key, value, weight, rows, past, past_rows):
     return out, back(weight)
 
 
+@pytest.mark.slow
 def test_streams_that_begin_on_a_tile_see_the_same(monkeypatch):
     """Padding between the streams, as packs of several tiles have it, changes nothing."""
     split, *past = jax.tree.map(jnp.asarray, draw(seed=5))

@@ -138,6 +138,7 @@ def run(base, drawn):  # noqa: F811
     return base / "run" / "host"
 
 
+@pytest.mark.slow
 def test_a_run_is_the_one_without(run, plain):
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-6)
     np.testing.assert_allclose(list(metrics(run).values()), list(metrics(plain).values()), rtol=1e-5)
@@ -147,6 +148,7 @@ def test_a_run_is_the_one_without(run, plain):
             jax.tree.map(close, one[item], other[item])
 
 
+@pytest.mark.slow
 def test_the_average_is_drawn_with(run, drawn):
     jax.tree.map(np.testing.assert_array_equal, drawn.params, restored(run, 4)["ema"])
 

@@ -98,6 +98,7 @@ def test_losses_of_the_groups_make_up_the_whole(run):
             assert parts and min(parts) - 1e-6 <= line[kind] <= max(parts) + 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_where_a_phase_begins_resumes_bit_for_bit(run, base, monkeypatch):  # noqa: F811
     fields = {"stage": "phased", "total_steps": 6, "save_every": 1, "keep": 10, "phases": PHASES}
     signal_after(1, monkeypatch)

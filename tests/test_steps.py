@@ -65,6 +65,7 @@ def test_any_order_of_steps_comes_out_as_alone(generator, alone, seed):
         assert [(turn, type(made)) for turn, made in events] == [(turn, type(made)) for turn, made in expected]
 
 
+@pytest.mark.slow
 def test_a_mesh_gathers_over_its_devices(alone):
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
     generator, chance = Generator(make_model(), WIDE, mesh=mesh), random.Random(0)
