@@ -32,6 +32,7 @@ from irg_jax.evaluation.statistics import paired_bootstrap
 from irg_jax.models.quantized import DTYPES
 from irg_jax.sampling.config import FlowConfig, SamplingConfig
 from irg_jax.sampling.flow import timesteps
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.opening import in_batches, load_generator
 from irg_jax.sampling.taylorseer import plan_steps
 from irg_jax.sampling.trajectory import Generator, Turn
@@ -74,7 +75,7 @@ def draw(run: pathlib.Path, config: SamplingConfig, prompts: Sequence[HeldOut], 
     generator, _ = load_generator(str(run / "stage2"), config, prompts={})
     timed, firsts, verdicts, first = Timed(generator), [], [], 0.0
     for batch, padded in in_batches(range(len(prompts)), config.batch_size):
-        drawn = generator.trajectories([prompts[i].prompt for i in padded], seeds=padded, num_turns=num_turns)
+        drawn = trajectories(generator, [prompts[i].prompt for i in padded], seeds=padded, num_turns=num_turns)
         firsts += [turns[0] for turns, _ in zip(drawn, batch)]
         verdicts += [[score(prompts[i].request, turn.image).correct for turn in turns]
                      for i, turns in zip(batch, drawn)]

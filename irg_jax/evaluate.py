@@ -47,6 +47,7 @@ from irg_jax.evaluation.recording import Recorder
 from irg_jax.evaluation.shapes import HeldOut, digest_prompts, make_result, read_prompts
 from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.opening import describe_settings, in_batches, load_generator
 from irg_jax.sampling.trajectory import Generator, Turn
 
@@ -56,7 +57,7 @@ SEED = 42    # of the paper's five, as in the scripts of GenEval and BAGEL
 
 def draw_base(generator: Generator, prompts: list[str], seeds: list[int]) -> dict[str, list[Turn]]:
     """What the base model draws, plainly and after thinking."""
-    thought = generator.trajectories(prompts, seeds=seeds, num_turns=1)
+    thought = trajectories(generator, prompts, seeds=seeds, num_turns=1)
     return {"base": generator.text_to_image(prompts, seeds=seeds),
             "self_cot": [turns[0] for turns in thought]}
 
@@ -64,7 +65,7 @@ def draw_base(generator: Generator, prompts: list[str], seeds: list[int]) -> dic
 def draw_trained(generator: Generator, prompts: list[str], seeds: list[int], num_turns: int
                  ) -> dict[str, list[Turn]]:
     """All turns of the trained model."""
-    drawn = generator.trajectories(prompts, seeds=seeds, num_turns=num_turns)
+    drawn = trajectories(generator, prompts, seeds=seeds, num_turns=num_turns)
     # One that ended early stays with its last image.
     return {f"turn{number + 1}": [turns[min(number, len(turns) - 1)] for turns in drawn]
             for number in range(num_turns)}

@@ -23,7 +23,7 @@ from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
 from irg_jax.parallel.sharding import find_mesh
 from irg_jax.sampling.config import SamplingConfig
-from irg_jax.sampling.modes import ModeConfig, check_turns, infer
+from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.opening import load_generator
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.app import make_app
@@ -48,7 +48,10 @@ def main(values: Any) -> None:
     limits = from_config_dict(ServeConfig, fields.pop("serve", {}), "serve")
     config = from_config_dict(SamplingConfig, fields)
     mesh = find_mesh(values.mesh)
-    check_turns(config)
+    for name in ("stop_text", "stop_change"):
+        if getattr(config, name):
+            raise ValueError(f"{name} is {getattr(config, name)!r}; a stream says which image is its last as "
+                             "soon as it is drawn, before a rule could tell: leave it out")
     generator, checkpoint = load_generator(values.checkpoint, config, prompts={}, mesh=mesh)
     size = generator.context_bytes(said=limits.max_tokens, num_turns=config.num_turns) / 2**30
     print(f"a context takes about {size:.3g} GiB at most; {limits.max_active} are kept at once (max_active)",

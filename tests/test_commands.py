@@ -59,8 +59,8 @@ def test_help_lists_the_flags(command):
     (["irg_jax.evaluate", "compare", "OUT", "--out", "OUT"], "holds no scores"),
     (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT",
       "--config.serve.max_qeue=1"], "'serve.max_qeue'; did you mean 'max_queue'?"),
-    (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--config.window=1"],
-     "window is 1"),
+    (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT",
+      "--config.stop_change=1.0"], "stop_change is 1.0"),
     (["irg_jax.precompile", "--config", "configs/irgl_stage1.py", "--topology", "v5p-8", "--weights", "int8"],
      "--weights int8 is for"),
 ])

@@ -1,13 +1,14 @@
 """The base model's modes through one call: each against the steps that it is made of."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from data_pipelines.images import resize
 from irg_jax import infer as infer_command
-from irg_jax.sampling.modes import ModeConfig, infer
+from irg_jax.sampling.modes import ModeConfig, infer, trajectories
 from irg_jax.sampling.trajectory import Generator
 from sampling_cases import SETTINGS, make_model
 from test_sampling import length, used
@@ -91,7 +92,7 @@ def test_a_thought_is_followed_and_not_what_guidance_leaves_out(generator):
 
 def test_several_turns_are_the_trajectory_of_irg(generator):
     (answers,) = infer(generator, [["a red circle"]], ModeConfig(think=True, num_turns=2), seeds=[5])
-    (turns,) = Generator(make_model(), SETTINGS).trajectories(["a red circle"], seeds=[5], num_turns=2)
+    (turns,) = trajectories(Generator(make_model(), SETTINGS), ["a red circle"], seeds=[5], num_turns=2)
     for answer, turn in zip(answers, turns, strict=True):
         assert answer.text == turn.text
         np.testing.assert_array_equal(answer.image, turn.image)
@@ -134,11 +135,23 @@ def test_contradictions_are_refused():
         infer(silent, [["a"]], ModeConfig(think=True), seeds=[0])
 
 
-@pytest.mark.parametrize("fields", [{"window": 1}, {"stop_text": "x"}, {"stop_change": 1.0}])
-def test_rules_that_it_does_not_follow_are_refused(fields):
-    generator = Generator(make_model(), dataclasses.replace(SETTINGS, **fields))
-    with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*leave it out"):
-        infer(generator, [["a"]], ModeConfig(think=True, num_turns=2), seeds=[0])
+def test_a_conversation_that_shows_an_image_follows_the_rules_of_turns_too():
+    """It ends where the rule says so; with a window turn 3 sees what was shown, and turn 2 alone."""
+    mode, shown = ModeConfig(think=True, num_turns=3), [np.full((32, 48, 3), 90, np.uint8), "a red circle"]
+    (whole,) = infer(Generator(make_model(), SETTINGS), [shown], mode, seeds=[5])
+    calm = Generator(make_model(), dataclasses.replace(SETTINGS, stop_text=f"^{re.escape(whole[2].text)}$"))
+    assert len(infer(calm, [shown], mode, seeds=[5])[0]) == 2
+    narrow = Generator(make_model(), dataclasses.replace(SETTINGS, window=1))
+    (turns,) = infer(narrow, [shown], mode, seeds=[5])
+    np.testing.assert_array_equal(turns[1].image, whole[1].image)
+    image = resize(shown[0], SETTINGS.vae_transform)
+    state = narrow.look(narrow.start([5]), [image])
+    state = narrow.ask(dataclasses.replace(state, unasked=state.main.view), ["a red circle"])
+    _, state = narrow.think(dataclasses.replace(state, turn=2), [whole[1].text])
+    (text,), state = narrow.think(narrow.look(state, [whole[1].image]))
+    assert text == turns[2].text != whole[2].text
+    np.testing.assert_array_equal(narrow.draw(state, height=image.shape[0], width=image.shape[1])[0],
+                                  turns[2].image)
 
 
 def test_inputs_of_the_command_are_texts_and_checked_images(tmp_path):

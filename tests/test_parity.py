@@ -15,6 +15,7 @@ from data_pipelines.images import resize, target_size
 from irg_jax.models.irg import unpack_latent
 from irg_jax.sampling.config import TextConfig
 from irg_jax.sampling.modes import infer
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.training.losses import encode_latents, token_losses
 from irg_jax.training.optimizer import learning_rate, make_optimizer
@@ -226,7 +227,7 @@ def test_image_of_a_turn(case, trajectory, turn):
 def test_whole_trajectory(case, trajectory):
     """Nothing given but the noise: the model's own texts and its own image as condition."""
     values = case.values["infer"]
-    (turns,) = trajectory.trajectories([numbers(values["prompt"])], seeds=[0])
+    (turns,) = trajectories(trajectory, [numbers(values["prompt"])], seeds=[0])
     for number, turn in enumerate(turns, 1):
         assert turn.text == numbers(values[f"think{number}"])
         grey_levels(f"free trajectory: image {number}", turn.image,

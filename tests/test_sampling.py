@@ -14,6 +14,7 @@ from data_pipelines.shapes.language import SYSTEM_PROMPT
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
 from irg_jax.sampling.cache import Context, View
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.trajectory import Generator, fork
 from sampling_cases import CONFIG, SETTINGS, distance, make_model
 
@@ -74,8 +75,8 @@ def test_plain_drawing_has_contexts_of_its_own(generator):
 
 
 def test_a_prompt_is_drawn_the_same_whatever_its_neighbours(generator):
-    together = generator.trajectories(PROMPTS, seeds=[4, 5, 6])
-    others = generator.trajectories([PROMPTS[1], PROMPTS[2], PROMPTS[0]], seeds=[5, 9, 4])
+    together = trajectories(generator, PROMPTS, seeds=[4, 5, 6])
+    others = trajectories(generator, [PROMPTS[1], PROMPTS[2], PROMPTS[0]], seeds=[5, 9, 4])
     for mine, again in ((together[1], others[0]), (together[0], others[2])):
         for turn, same in zip(mine, again, strict=True):
             assert turn.text == same.text
@@ -83,7 +84,7 @@ def test_a_prompt_is_drawn_the_same_whatever_its_neighbours(generator):
     assert (together[2][0].image != others[1][0].image).any(), "another seed draws another image"
     assert (together[0][0].image != together[0][1].image).any(), "each turn has noise of its own"
 
-    alone = generator.trajectories(PROMPTS[:1], seeds=[4])[0]  # another compiled shape
+    alone = trajectories(generator, PROMPTS[:1], seeds=[4])[0]  # another compiled shape
     for turn, same in zip(alone, together[0], strict=True):
         assert turn.text == same.text
         assert np.abs(turn.image.astype(int) - same.image).max() <= 1
@@ -137,7 +138,7 @@ def test_texts_do_not_depend_on_how_the_cache_grows(generator, on_one_device):
 
 
 def test_self_cot_is_the_trajectory_stopped_early_and_states_can_be_forked(generator):
-    (one,), (two,) = (generator.trajectories(PROMPTS[:1], seeds=[4], num_turns=n) for n in (1, 2))
+    (one,), (two,) = (trajectories(generator, PROMPTS[:1], seeds=[4], num_turns=n) for n in (1, 2))
     assert len(one) == 1 and len(two) == 2 and one[0].text == two[0].text
     np.testing.assert_array_equal(one[0].image, two[0].image)
     state = generator.begin(PROMPTS[:1], seeds=[4])
@@ -152,9 +153,9 @@ def test_self_cot_is_the_trajectory_stopped_early_and_states_can_be_forked(gener
 
 def test_a_window_forgets_old_turns_and_nothing_else(generator):
     """The third turn after the second alone is what follows prompt, second thought and second picture."""
-    (free,) = generator.trajectories(PROMPTS[:1], seeds=[4], num_turns=2)
+    (free,) = trajectories(generator, PROMPTS[:1], seeds=[4], num_turns=2)
     narrow = Generator(make_model(), dataclasses.replace(SETTINGS, window=1))
-    (turns,) = narrow.trajectories(PROMPTS[:1], seeds=[4], num_turns=3)
+    (turns,) = trajectories(narrow, PROMPTS[:1], seeds=[4], num_turns=3)
     for turn, same in zip(turns, free):
         assert turn.text == same.text and (turn.image == same.image).all()
     state = dataclasses.replace(generator.begin(PROMPTS[:1], seeds=[4]), turn=1)
@@ -168,14 +169,14 @@ def test_a_window_forgets_old_turns_and_nothing_else(generator):
 
 
 def test_a_prompt_ends_where_its_reflection_or_its_picture_says_so(generator):
-    whole = generator.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    whole = trajectories(generator, PROMPTS, seeds=[4, 5, 6], num_turns=3)
     calm = re.escape(whole[1][1].text)
     talker = Generator(make_model(), dataclasses.replace(SETTINGS, stop_text=f"^{calm}$"))
-    turns = talker.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    turns = trajectories(talker, PROMPTS, seeds=[4, 5, 6], num_turns=3)
     assert [len(each) for each in turns] == [3, 1, 3], "what asks for nothing is not drawn"
     changes = sorted(each[1].change(each[0]) for each in whole)
     watcher = Generator(make_model(), dataclasses.replace(SETTINGS, stop_change=(changes[0] + changes[1]) / 2))
-    ended = watcher.trajectories(PROMPTS, seeds=[4, 5, 6], num_turns=3)
+    ended = trajectories(watcher, PROMPTS, seeds=[4, 5, 6], num_turns=3)
     for mine, all_turns in zip(ended, whole, strict=True):
         assert len(mine) == (2 if all_turns[1].change(all_turns[0]) == changes[0] else 3)
     for mine, all_turns in zip([*turns, *ended], [*whole, *whole], strict=True):

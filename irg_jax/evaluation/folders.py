@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.images import read_image
 from irg_jax.evaluation.drawing import compose_trajectory
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.opening import describe_settings, in_batches
 from irg_jax.sampling.trajectory import Generator, Given, Turn
 
@@ -89,8 +90,8 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
     for batch, padded in batches:
         prompts, seeds = ([request[name] for _, request, _ in padded] for name in ("prompt", "seed"))
         if num_turns:
-            drawn = generator.trajectories(prompts, seeds=seeds, num_turns=num_turns,
-                                           given=[given for _, _, given in padded])
+            drawn = trajectories(generator, prompts, seeds=seeds, num_turns=num_turns,
+                                 given=[given for _, _, given in padded])
         else:
             drawn = [(turn,) for turn in generator.text_to_image(prompts, seeds=seeds)]
         for (folder, request, _), turns in zip(batch, drawn):

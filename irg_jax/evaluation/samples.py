@@ -10,6 +10,7 @@ from data_pipelines.system_prompts import load_system_prompt
 from irg_jax.checkpoints.model import Model
 from irg_jax.evaluation.drawing import image_grid
 from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.trajectory import Generator, Turn
 
 _LONGEST = 320    # side of a picture in the grid, in pixels
@@ -44,7 +45,7 @@ class Samples:
     def __call__(self, model: Model, step: int) -> Image.Image:
         config, folder = self._config, self._folder
         seeds = [config.seed + number for number in range(len(config.prompts))]
-        turns = Generator(model, config.sampling).trajectories(config.prompts, seeds=seeds)
+        turns = trajectories(Generator(model, config.sampling), config.prompts, seeds=seeds)
         grid = draw_grid(config.prompts, turns)
         folder.mkdir(parents=True, exist_ok=True)
         record = {"step": step, "prompts": config.prompts, "seeds": seeds,

@@ -9,9 +9,10 @@ Source: `interleave_inference` of BAGEL's inferencer.py; for several turns IRG's
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Coroutine
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,18 +20,10 @@ from data_pipelines.images import resize
 from irg_jax.sampling import steps
 from irg_jax.sampling.config import FlowConfig, SamplingConfig, TextConfig
 from irg_jax.sampling.steps import Job, Step, run_jobs
-from irg_jax.sampling.trajectory import Generator, Given
+from irg_jax.sampling.trajectory import Generator, Given, Turn
 
 S = TypeVar("S", FlowConfig, TextConfig)
 Conversation = Sequence[str | np.ndarray]   # what is said and shown, in order; images uint8 [H, W, 3]
-
-
-class Answer(NamedTuple):
-    """What came of one turn: a text (empty if none was asked for), an image uint8 [H, W, 3] (or None)."""
-
-    text: str
-    image: np.ndarray | None
-    has_ended: bool = True    # False of a text that was cut at its greatest length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +73,8 @@ class ModeConfig:
 
 
 def infer(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig = ModeConfig(), *,
-          seeds: Sequence[int]) -> list[tuple[Answer, ...]]:
-    """The answers to each conversation, one a turn. What conversations have in common is done together.
+          seeds: Sequence[int]) -> list[tuple[Turn, ...]]:
+    """The turns that answer each conversation. What conversations have in common is done together.
 
     Raises: ValueError if one is empty, or if thinking is asked for without a system prompt.
     """
@@ -92,45 +85,59 @@ def infer(generator: Generator, conversations: Sequence[Conversation], mode: Mod
 
 def converse(generator: Generator, conversation: Conversation, mode: ModeConfig, *, seed: int,
              given: Given = Given(), tell: Callable[[int, str | np.ndarray], None] = lambda turn, made: None,
-             ) -> Coroutine[Step, Any, tuple[Answer, ...]]:
-    """The steps of one conversation, see `steps.Job`; it comes to its answers.
+             ) -> Coroutine[Step, Any, tuple[Turn, ...]]:
+    """The steps of one conversation, see `steps.Job`; it comes to its turns.
+
+    They are fewer where `stop_text` or `stop_change` of the configuration ends it.
 
     Args: given is what takes the place of the model's own texts and first image; tell is called with the turn
         and each text and image as soon as it is there.
     Raises: ValueError as `infer` does, before its first step.
     """
     config = generator.config
-    if mode.num_turns > 1:
-        check_turns(config)
     if mode.think and not config.system_prompt:
         raise ValueError("think is set, but the generator has no system_prompt that says how to think")
     if not conversation:
         raise ValueError("a conversation is empty; say or show something")
     height, width = yield from _read(generator, conversation, mode, seed)
-    turn = sum(not isinstance(item, str) for item in conversation)   # settings count images shown, too
-    answers = []
+    shown = _count_images(conversation)   # settings count images shown, too
+    turns: list[Turn] = []
     for number in range(mode.num_turns):
         if number:
-            yield Step(steps.look, answers[-1].image, shape=generator.sizes_seen(answers[-1].image))
+            yield from _look_again(generator, conversation, mode, seed, turns)
         text, has_ended = yield from _write(given.text(number), mode, config)
+        if number and config.stop_text and re.search(config.stop_text, text):
+            break
         if text:
             tell(number, text)
         if mode.understanding_output:
-            return (Answer(text, None, has_ended),)
+            return (Turn(text, None, has_ended),)
+        if mode.think:
+            # In a single turn, and not in IRG, the context without images also lacks the thought.
+            yield Step(steps.think if mode.num_turns > 1 else steps.add, text)
         image = None if number else given.image
         if image is None:
-            image = yield Step(steps.draw, statics=(mode.flow(config.flow(turn + number)), height, width))
+            image = yield Step(steps.draw, statics=(mode.flow(config.flow(shown + number)), height, width))
         tell(number, image)
-        answers.append(Answer(text, image, has_ended))
-    return tuple(answers)
+        turns.append(Turn(text, image, has_ended))
+        if number and turns[-1].change(turns[-2]) < config.stop_change:
+            break
+    return tuple(turns)
 
 
-def check_turns(config: SamplingConfig) -> None:
-    """Raises ValueError for settings that `converse` lacks: it looks back at all turns, and draws all."""
-    for name in ("window", "stop_text", "stop_change"):
-        if getattr(config, name):
-            raise ValueError(f"{name} is {getattr(config, name)!r}; irg_jax.generate and irg_jax.evaluate "
-                             "alone know it: leave it out")
+def trajectories(generator: Generator, prompts: Sequence[str], *, seeds: Sequence[int],
+                 num_turns: int | None = None, given: Sequence[Given] = ()) -> list[tuple[Turn, ...]]:
+    """IRG's turns of each prompt; `num_turns` as configured if None. One turn is self-CoT.
+
+    All are one batch until the last has ended, so that what is drawn for one depends on no other.
+
+    Args: given is what takes the place of the model's own texts and images, one a prompt if any.
+    Raises: ValueError as `infer` does.
+    """
+    mode = ModeConfig(think=True, num_turns=num_turns or generator.config.num_turns)
+    jobs = [Job(converse(generator, [prompt], mode, seed=seed, given=one)) for prompt, seed, one
+            in zip(prompts, seeds, given or [Given()] * len(prompts), strict=True)]
+    return run_jobs(generator, jobs, size=generator.fit_batch(len(jobs)))
 
 
 def _read(generator: Generator, conversation: Conversation, mode: ModeConfig, seed: int
@@ -151,18 +158,30 @@ def _read(generator: Generator, conversation: Conversation, mode: ModeConfig, se
     return mode.image_shape or size
 
 
+def _look_again(generator: Generator, conversation: Conversation, mode: ModeConfig, seed: int,
+                turns: Sequence[Turn]) -> Coroutine[Step, Any, None]:
+    """A look at the newest image; turns that the window leaves out were never there."""
+    first = len(turns) - generator.config.window
+    if not generator.config.window or first <= 0:
+        yield Step(steps.look, turns[-1].image, shape=generator.sizes_seen(turns[-1].image))
+        return
+    yield from _read(generator, conversation, mode, seed)
+    for number, turn in enumerate(turns[first:], _count_images(conversation) + first):
+        # What is drawn at random is that of the turn's own number.
+        yield Step(steps.recall, turn.text, (number,))
+        yield Step(steps.look, turn.image, shape=generator.sizes_seen(turn.image))
+
+
+def _count_images(conversation: Conversation) -> int:
+    return sum(not isinstance(item, str) for item in conversation)
+
+
 def _write(text: str | None, mode: ModeConfig, config: SamplingConfig
            ) -> Coroutine[Step, Any, tuple[str, bool]]:
-    """The text of a turn, by the model if there is none, and whether it ended; it is read before an image."""
-    has_ended = True
-    if not mode.think and not mode.understanding_output:
-        return "", has_ended
-    if text is None:
-        text, has_ended = yield Step(steps.write, statics=(mode.text(config.text),))
-    if not mode.understanding_output:
-        # In a single turn, and not in IRG, the context without images also lacks the thought.
-        yield Step(steps.think if mode.num_turns > 1 else steps.add, text)
-    return text, has_ended
+    """The text of a turn, by the model if there is none, and whether it ended."""
+    if text is not None or not (mode.think or mode.understanding_output):
+        return text or "", True
+    return (yield Step(steps.write, statics=(mode.text(config.text),)))
 
 
 def _replace(settings: S, values: dict[str, Any]) -> S:

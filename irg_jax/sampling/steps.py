@@ -69,11 +69,14 @@ def group(jobs: Sequence[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def run_jobs(generator: Generator, jobs: Sequence[Job]) -> list[Any]:
-    """What jobs come to; the largest group goes first, so that others catch up with it."""
+def run_jobs(generator: Generator, jobs: Sequence[Job], *, size: int | None = None) -> list[Any]:
+    """What jobs come to; the largest group goes first, so that others catch up with it.
+
+    Args: size is that of every batch; None takes the least that holds those that go on.
+    """
     while groups := group(jobs):
         largest = max(groups, key=len)
-        advance(generator, largest, generator.fit_batch(len(largest)))
+        advance(generator, largest, size or generator.fit_batch(len(largest)))
     return [job.answer for job in jobs]
 
 
@@ -153,6 +156,11 @@ def write(generator: Generator, state: State, _: list, settings: TextConfig) -> 
 def think(generator: Generator, state: State, texts: list[str]) -> tuple[State, Results]:
     """Reads a text as the model's own. Result: none."""
     return _none(generator.think(state, texts)[1])
+
+
+def recall(generator: Generator, state: State, texts: list[str], turn: int) -> tuple[State, Results]:
+    """Reads a text as that of a turn, though some before it are left out. Result: none."""
+    return think(generator, dataclasses.replace(state, turn=turn), texts)
 
 
 def add(generator: Generator, state: State, texts: list[str]) -> tuple[State, Results]:

@@ -1,19 +1,20 @@
 """prompt -> think1 -> image1 -> (look at it) -> think2 -> image2 -> ..., for many prompts at once.
 
     generator = Generator(load_model("runs/shapes/stage2"), config)
-    for turns in generator.trajectories(["two red circles"], seeds=[0]):
-        turns[1].text, turns[1].image
+    state = generator.begin(["two red circles"], seeds=[0])
+    texts, state = generator.think(state)
+    images = generator.draw(state)
+    state = generator.look(state, images)
 
-A trajectory is a `State` that steps make a new one of: `begin`, `think`, `draw`, `look`, with the model's own
-texts and images or with others. Steps that read use a state up, as they write its cache where it lies; `fork`
-it first to go on from it twice.
+A trajectory is a `State` that steps make a new one of, with the model's own texts and images or with others;
+whole trajectories are `modes.trajectories`. Steps that read use a state up, as they write its cache where it
+lies; `fork` it first to go on from it twice.
 
 Axes: B prompts, H and W pixels, G latent tokens, Z values of a latent token.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -47,10 +48,11 @@ class LoadedModel(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one turn made: a think text (empty if none was asked for), an image uint8 [H, W, 3]."""
+    """What one turn made: a text (empty if none was asked for), an image uint8 [H, W, 3] (or None)."""
 
     text: str
-    image: np.ndarray
+    image: np.ndarray | None
+    has_ended: bool = True    # False of a text that was cut at its greatest length
 
     def change(self, last: "Turn") -> float:
         """Mean difference from an earlier image in grey levels; infinite if it has another size."""
@@ -128,47 +130,6 @@ class Generator:
         self._empty = self._system = cache.place(empty, self.mesh)
         if prompt := load_system_prompt(config.system_prompt):
             self._system = self.append_text(cache.fork(self._empty, self._empty.view), [prompt] * self._ways)
-
-    def trajectories(self, prompts: Sequence[str], *, seeds: Sequence[int], num_turns: int | None = None,
-                     given: Sequence[Given] = ()) -> list[tuple[Turn, ...]]:
-        """The turns of each prompt; `num_turns` as configured if None. One turn is self-CoT.
-
-        A prompt has fewer where `stop_text` or `stop_change` of the configuration ends it.
-
-        Args: given is what takes the place of the model's own texts and images, one a prompt if any.
-        """
-        given = given or [Given()] * len(prompts)
-        counts, is_over = np.zeros(len(prompts), int), np.zeros(len(prompts), bool)
-        state, turns = self.begin(prompts, seeds=seeds), []
-        for number in range(num_turns or self.config.num_turns):
-            if is_over.all():
-                break
-            if number:
-                state = self._look_again(state, prompts, turns)
-            texts = _fill([each.text(number) for each in given], lambda: self.decode(self.write(state)))
-            if number and self.config.stop_text:
-                is_over |= [re.search(self.config.stop_text, text) is not None for text in texts]
-                if is_over.all():
-                    break
-            _, state = self.think(state, texts)
-            images = _fill([None if number else each.image for each in given], lambda: self.draw(state))
-            turns.append([Turn(text, image) for text, image in zip(texts, images, strict=True)])
-            counts += ~is_over
-            if number:
-                is_over |= [turn.change(last) < self.config.stop_change for turn, last in zip(*turns[:-3:-1])]
-        return [tuple(turn[i] for turn in turns[:count]) for i, count in enumerate(counts)]
-
-    def _look_again(self, state: State, prompts: Sequence[str], turns: Sequence[Sequence[Turn]]) -> State:
-        """The state after a look at the newest images; turns that the window leaves out were never there."""
-        first = len(turns) - self.config.window
-        if not self.config.window or first <= 0:
-            return self.look(state, [turn.image for turn in turns[-1]])
-        state = self.begin(prompts, seeds=state.seeds)
-        for number, each in enumerate(turns[first:], first):
-            # What is drawn at random is that of the turn's own number.
-            _, state = self.think(dataclasses.replace(state, turn=number), [turn.text for turn in each])
-            state = self.look(state, [turn.image for turn in each])
-        return state
 
     def text_to_image(self, prompts: Sequence[str], *, seeds: Sequence[int]) -> list[Turn]:
         """Plain drawing: no system prompt, no thinking, guided away from an empty context."""
@@ -370,13 +331,6 @@ def _keys(seeds: np.ndarray, turn: int, purpose: int) -> jax.Array:
     """Random keys [B] that no other prompt, turn or purpose shares."""
     data = jnp.uint32(3 * turn + purpose)
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), data))(seeds)
-
-
-def _fill(given: Sequence[Any], make: Callable[[], Sequence[Any]]) -> list[Any]:
-    """What is given, and where that is None, what is made."""
-    if all(each is not None for each in given):
-        return list(given)
-    return [made if each is None else each for each, made in zip(given, make(), strict=True)]
 
 
 def _stack(images: Sequence[np.ndarray]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from irg_jax.sampling.modes import Answer
+from irg_jax.sampling.trajectory import Turn
 from irg_jax.serving.requests import Wanted
 
 IDLE = ": nothing yet\n\n"   # a comment that keeps a connection open
@@ -23,7 +23,7 @@ def encode_image(image: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def image_answer(wanted: Wanted, answers: Sequence[tuple[Answer, ...]]) -> dict[str, Any]:
+def image_answer(wanted: Wanted, answers: Sequence[tuple[Turn, ...]]) -> dict[str, Any]:
     """The last image of each trajectory, its text as `revised_prompt`; if wanted with all turns."""
     data = []
     for number, turns in enumerate(answers):
@@ -50,18 +50,18 @@ def image_event(wanted: Wanted, index: int, turn: int, made: str | np.ndarray
                                                  "output_format": "png"}
 
 
-def chat_answer(model: str, answer: Answer) -> dict[str, Any]:
+def chat_answer(model: str, answer: Turn) -> dict[str, Any]:
     return _chat("chat.completion", model, {"message": {"role": "assistant", "content": answer.text},
                                             "finish_reason": _reason(answer)})
 
 
-def chat_chunks(model: str, answer: Answer) -> list[dict[str, Any]]:
+def chat_chunks(model: str, answer: Turn) -> list[dict[str, Any]]:
     """A text is written as a whole, so there is one chunk of it, and one that ends it."""
     return [_chat("chat.completion.chunk", model, {"delta": delta, "finish_reason": reason})
             for delta, reason in (({"role": "assistant", "content": answer.text}, None), ({}, _reason(answer)))]
 
 
-def _reason(answer: Answer) -> str:
+def _reason(answer: Turn) -> str:
     return "stop" if answer.has_ended else "length"
 
 

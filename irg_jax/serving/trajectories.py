@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
 
-from irg_jax.sampling.modes import Answer, converse
+from irg_jax.sampling.modes import converse
 from irg_jax.sampling.steps import Job
-from irg_jax.sampling.trajectory import Generator
+from irg_jax.sampling.trajectory import Generator, Turn
 from irg_jax.serving.engine import Engine, Task
 from irg_jax.serving.requests import Wanted
 
@@ -28,7 +28,7 @@ class Trajectories:
         """Args: timeout is seconds from now. Raises: ValueError, engine.Full, engine.Closed."""
         self._loop, self._events, self._engine = asyncio.get_running_loop(), asyncio.Queue(), engine
         self._deadline = self._loop.time() + timeout
-        self.answers: list[tuple[Answer, ...] | None] = [None] * wanted.n
+        self.answers: list[tuple[Turn, ...] | None] = [None] * wanted.n
         self._tasks = [self._make_task(generator, wanted, index) for index in range(wanted.n)]
         engine.submit(self._tasks)
 
@@ -68,7 +68,7 @@ class Trajectories:
             else:
                 self.answers[index] = made
 
-    async def finish(self, request: Request) -> list[tuple[Answer, ...]]:
+    async def finish(self, request: Request) -> list[tuple[Turn, ...]]:
         """The answers of all. Raises: as `events`; ClientDisconnect as soon as nobody waits for them."""
         async def wait() -> None:
             async for _ in self.events():

@@ -212,7 +212,8 @@ def format_scores(table: Mapping[str, Any], *, is_percent: bool = False) -> str:
     lines = ["   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
     limited = " (a part of the benchmark: no score of it)" if table["limit"] else ""
     return "\n".join([*lines, "", f"{table['prompts']} prompts{limited} of {table['benchmark']} "
-                      f"({table['version']}); {table['formula']}; brackets: 95 % intervals, bootstrap over prompts"])
+                      f"({table['version']}); {table['formula']}; brackets: 95 % intervals, bootstrap over "
+                      "prompts"])
 
 
 def read_manifest(out: pathlib.Path) -> dict[str, Any]:
