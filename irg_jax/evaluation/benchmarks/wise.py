@@ -32,7 +32,8 @@ def _read(folder: pathlib.Path, *, counts: Mapping[str, int], suffix: str, home:
     fields = {"Prompt": str, "Explanation": str, "prompt_id": int}
     records = []
     for file in FILES:
-        records += read_records(find(folder, f"{home}/{file}{suffix}.json", f"{file}{suffix}.json"), fields)
+        name = f"{file}{suffix}.json"
+        records += read_records(find(folder, f"{home}/{name}", f"data/{name}", name), fields)
     ends = np.cumsum(list(counts.values()))
     prompts = []
     for record in sorted(records, key=lambda record: record["prompt_id"]):
