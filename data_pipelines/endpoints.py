@@ -169,9 +169,13 @@ class Endpoint:
 
     def draw(self, prompt: str, *, size: str = "1024x1024") -> np.ndarray:
         """An image uint8 [H, W, 3] for a prompt. Raises: as `ask`."""
+        return read_image(self.draw_file(prompt, size=size))
+
+    def draw_file(self, prompt: str, *, size: str = "1024x1024") -> pathlib.Path:
+        """As `draw`, the PNG that is kept in the folder."""
         body = {"model": self.config.model, "prompt": prompt, "n": 1, "size": size, **self.config.options}
         kept = self._answer("images/generations", body, _read_image)
-        return read_image(self._folder / kept["content"])
+        return self._folder / kept["content"]
 
     def _answer(self, path: str, body: dict[str, Any], read: Read) -> dict[str, Any]:
         """What the folder keeps of a request; it is sent if that is nothing yet."""
