@@ -132,6 +132,7 @@ class Endpoint:
         Raises: ValueError if the environment lacks the key.
         """
         self.config, self.usage = config, Usage()
+        self.served: set[str] = set()    # what models called themselves, as far as they told
         self._client = httpx2.Client(
             base_url=config.url.rstrip("/") + "/", headers=_authorization(config.key),
             timeout=httpx2.Timeout(config.timeout, pool=None),
@@ -243,6 +244,7 @@ class Endpoint:
                               "all answers are kept, and the same command with a larger budget goes on")
 
     def _add(self, kept: Mapping[str, Any]) -> None:
+        self.served |= {kept["model"]} - {""}
         self.usage.tokens_in += kept["tokens_in"]
         self.usage.tokens_out += kept["tokens_out"]
         self.usage.cost += self.config.cost(tokens_in=kept["tokens_in"], tokens_out=kept["tokens_out"],

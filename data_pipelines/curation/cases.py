@@ -38,10 +38,11 @@ class Line(NamedTuple):
 
 
 class Screened(NamedTuple):
-    """Cases that are worth asking for, and those that are not."""
+    """Cases that are worth asking for, those that are not, and what was seen of all."""
 
     cases: list[Case]
     rejections: list[Rejection]
+    seen: Seen
 
 
 def read_lines(path: str | pathlib.Path, *, licence: str = "") -> list[Line]:
@@ -86,7 +87,7 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
             rejections.append(Rejection(case.id, "case", cause, told))
         else:
             cases.append(case)
-    return Screened(cases, rejections)
+    return Screened(cases, rejections, seen)
 
 
 def _read_images(lines: Iterable[Line], folder: Folder, rules: Rules

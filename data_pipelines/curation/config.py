@@ -165,7 +165,9 @@ class CurateConfig:
         for name in ("split", "suffix"):
             if not re.fullmatch(r"[\w.-]*", getattr(self, name)) or getattr(self, name).startswith("."):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is part of a folder's name")
-        is_looked_at = self.critic.kind == "shapes"
-        if self.painter.kind == "shapes" and not is_looked_at:
-            raise ValueError("painter.kind is 'shapes', which paints what the shapes critic wants; set "
-                             "critic.kind to 'shapes' too")
+        if (self.painter.kind == "shapes") != (self.critic.kind == "shapes"):
+            raise ValueError(f"painter.kind is {self.painter.kind!r} and critic.kind {self.critic.kind!r}; the "
+                             "shapes renderer paints what the shapes detector wants: set both to 'shapes', or none")
+        if self.critic.kind == "shapes" and self.improve_pairs:
+            raise ValueError("improve_pairs is True; the shapes detector says what its own renderer should paint, "
+                             "not how a pair's image came about: set it to False")

@@ -40,6 +40,7 @@ class ShapesCase(Case):
     right: Scene | None = None       # would do; of a draft that was mended, the scene that it became
     first: Round | None = None
     mended: Repair | None = None
+    is_seen: bool = False            # all that is known of its pictures is what the detector sees
 
 
 class ShapesCrew:
@@ -67,8 +68,11 @@ class ShapesCrew:
         return Painted(Picture.drawn(render(scene, side=self._side)), {"by": "shapes renderer"})
 
     def think(self, case: ShapesCase, image: Picture) -> str:
-        """What the right scene shows."""
-        return language.think(case.rng, case.right)
+        """What the image shows."""
+        scene = _look(case.request, image.pixels)[0] if case.is_seen else case.right
+        if not scene.things:
+            raise Rejected("empty_image", "the detector sees nothing")
+        return language.think(case.rng, scene)
 
     def reflect(self, case: ShapesCase, first: Round, better: Picture) -> str:
         """What is wrong with the first picture, and the scene that it should become."""
@@ -76,30 +80,43 @@ class ShapesCrew:
 
     def rate(self, case: ShapesCase, image: Picture) -> float:
         """10 if the detector sees what was asked for, else 0."""
-        things, _ = survey(image.pixels)
-        return 0.0 if judge(case.request, things, detect_background(image.pixels)) else 10.0
+        scene, _ = _look(case.request, image.pixels)
+        return 0.0 if judge(case.request, scene.things, scene.background) else 10.0
 
     def _mend(self, case: ShapesCase, first: Round) -> Repair:
         if case.mended is not None:
             return case.mended
         pixels = first.image.pixels
-        things, num_blobs = survey(pixels)
-        background = detect_background(pixels)
-        if not is_training(Scene(case.request.category, tuple(things), background)):
+        scene, num_blobs = _look(case.request, pixels)
+        if not is_training(scene):
             raise Rejected("held_out", "the first picture shows what no training picture may")
         draft = Draft(case.prompt, case.request, first.thought, case.right, pixels)
-        return repair_draft(SeenDraft(draft, tuple(things), background, num_blobs))
+        return repair_draft(SeenDraft(draft, scene.things, scene.background, num_blobs))
 
 
 def understand(case: Case, rng: np.random.Generator) -> ShapesCase:
-    """A case of the command as one of the miniature. Raises: ValueError if its request is none, or is held out."""
+    """A case of the command as one of the miniature.
+
+    Raises: ValueError if it brings no request; Rejected if no training picture may show what it asks for.
+    """
     if case.request is None:
-        raise ValueError(f"prompt {case.id}: lacks the field 'request', which tells the shapes critic what is asked "
-                         "for")
+        raise ValueError(f"prompt {case.id}: lacks the field 'request', which tells the shapes detector what is "
+                         "asked for")
     try:
         request = Request.from_json(case.request)
-        right = sample_scene(rng, request, split="train")
     except ValueError as error:
         raise ValueError(f"prompt {case.id}: {error}") from error
+    if not is_training(request):
+        raise Rejected("held_out", "the prompt asks for what no training picture may show")
+    try:
+        right = sample_scene(rng, request, split="train")
+    except RuntimeError as error:    # drawn often enough
+        raise Rejected("no_scene", str(error)) from error
     known = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
-    return ShapesCase(**known | {"request": request, "rng": rng, "right": right})
+    return ShapesCase(**known | {"request": request, "rng": rng, "right": right, "is_seen": True})
+
+
+def _look(request: Request, pixels: np.ndarray) -> tuple[Scene, int]:
+    """What the detector sees in an image, and how many regions it cannot name."""
+    things, num_blobs = survey(pixels)
+    return Scene(request.category, tuple(things), detect_background(pixels)), num_blobs

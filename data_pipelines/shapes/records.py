@@ -116,7 +116,7 @@ def _crew(side: int) -> Crew:
     return Crew(critic=one, painter=one, sketcher=one)
 
 
-def generator(seed: int, mode: str, index: int) -> np.random.Generator:
+def generator(seed: int, mode: str, index: int | str) -> np.random.Generator:
     """The random numbers of record `index` of a mode: the same on every machine, in any order."""
     digest = hashlib.sha256(f"shapes/{seed}/{mode}/{index}".encode()).digest()
     return np.random.default_rng(np.random.SeedSequence(int.from_bytes(digest[:16], "big")))
