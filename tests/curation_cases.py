@@ -73,10 +73,10 @@ def write_first_rounds(folder: pathlib.Path, prompts: list[str]) -> pathlib.Path
     return folder
 
 
-def make_config(url: str, prompts: pathlib.Path, first_rounds: pathlib.Path | None = None, **fields: Any
-                ) -> CurateConfig:
+def make_config(url: str, prompts: pathlib.Path, first_rounds: pathlib.Path | None = None, *,
+                timeout: float = 5.0, **fields: Any) -> CurateConfig:
     """Painter and critic at one address; small images are good enough."""
-    endpoint = {"url": url, "timeout": 5.0, "concurrency": 6}
+    endpoint = {"url": url, "timeout": timeout, "concurrency": 6}
     values = {
         "prompts": str(prompts), "licence": "CC0-1.0",
         "critic": {"endpoint": {**endpoint, "model": "critic", "price_in": 1e4, "price_out": 1e5}},

@@ -161,8 +161,8 @@ def _check_safety(material: Material, rules: Rules) -> None:
     if rules.safety is None:
         return
     first = material.first
-    texts = [text for text in (material.thought, first.thought if first else "", material.reflection) if text]
-    images = [first.image] * (first is not None) + [material.image]
+    texts = [text for text in (material.thought, first and first.thought, material.reflection) if text]
+    images = [first.image, material.image] if first else [material.image]
     _refuse(rules.judge_safety(material.prompt, texts, [image.pixels for image in images]))
 
 
