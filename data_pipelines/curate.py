@@ -13,8 +13,9 @@ become the six modes:
     DIR/manifest.json                       counts, causes, what it was made from, usage, sha256 of every file
     DIR.answers/                            what endpoints answered; it may be removed when all is done
 
-Everything is written beside DIR and takes its name at the very end, so DIR is whole or absent. Whatever ended it,
-Ctrl-C, kill -9, a spent budget or an endpoint that gave up: the same command goes on and pays for no answer twice.
+Everything is written beside DIR and takes its name at the very end, so DIR is whole or absent. Whatever ended
+it, Ctrl-C, kill -9, a spent budget or an endpoint that gave up: the same command goes on, and pays for no
+answer twice.
 `docs/data.md` has the templates, the filters and the limits.
 """
 
@@ -34,8 +35,8 @@ def main(values: Any) -> None:
     config = from_config_dict(CurateConfig, values.config)
     draft = prepare(config, out=values.out)
     rejected = len(draft.screened.rejections)
-    print(f"{len(draft.screened.cases) + rejected:,} prompts, of which {rejected:,} are rejected before anything is "
-          "asked")
+    print(f"{len(draft.screened.cases) + rejected:,} prompts, of which {rejected:,} are rejected before "
+          "anything is asked")
     print(describe(draft.expenses), flush=True)
     if values.estimate:
         return
@@ -46,12 +47,13 @@ def tell(done: Curated, out: str) -> str:
     """Lines for people."""
     lines = [f"{name}: {asked}" for name, asked in done.asked.items()]
     lines += [f"rejected, {cause}: {count:,}" for cause, count in done.rejections.items()]
-    lines.append(", ".join(f"{count:,} cases {what}" for what, count in done.cases.items()))
+    lines.append("cases: " + ", ".join(f"{count:,} {what}" for what, count in done.cases.items()))
     total = sum(done.counts.values())
-    lines.append(f"{'wrote' if done.written else 'already made:'} {total:,} records of {len(done.counts)} modes in "
-                 f"{out}")
+    verb = "wrote" if done.written else "already made:"
+    lines.append(f"{verb} {total:,} records of {sum(map(bool, done.counts.values()))} modes in {out}")
     if done.asked:
-        lines.append(f"answers are kept in {answers_folder(pathlib.Path(out))}; remove it when the data set will do")
+        folder = answers_folder(pathlib.Path(out))
+        lines.append(f"answers are kept in {folder}; remove it when the data set will do")
     return "\n".join(lines)
 
 

@@ -30,7 +30,8 @@ def thought(key: str) -> str:
 def reflection(key: str, headings: tuple[str, ...] = HEADINGS) -> str:
     parts = (f"The image misses what matters about {key}: the light is flat and the edges are soft, and so on.",
              "- The light must come from the left, for the prompt asks for it.\n- The edges must be sharp.",
-             "1. Move the light.\n2. Sharpen the edges.", f"{key}, large and in the middle, lit from the left, sharp.")
+             "1. Move the light.\n2. Sharpen the edges.",
+             f"{key}, large and in the middle, lit from the left, sharp.")
     told = "\n\n".join(f"### {heading}\n{part}" for heading, part in zip(headings, parts[1:]))
     return f"<think>{parts[0]}\n\n{told}</think>"
 

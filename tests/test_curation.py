@@ -1,4 +1,4 @@
-"""A whole curation: whatever the server does and whenever it ends, nothing is lost and nothing counted twice."""
+"""A whole curation: whatever the server does and whenever it ends, nothing is lost or counted twice."""
 
 import json
 import os
@@ -78,7 +78,8 @@ def test_counts_and_manifest(curated):
     assert manifest["usage"] == {
         "critic": {"model": "critic", "served": ["served"], "tokens_in": 100 * 27, "tokens_out": 10 * 27,
                    "cost": 2.0 * 27},
-        "painter": {"model": "painter", "served": [], "tokens_in": 20 * NUM, "tokens_out": 0, "cost": 3.0 * NUM}}
+        "painter": {"model": "painter", "served": [], "tokens_in": 20 * NUM, "tokens_out": 0,
+                    "cost": 3.0 * NUM}}
     assert len(server.answered) == NUM_REQUESTS
     assert sorted(file.name for file in out.parent.iterdir()) == ["data", "data.answers"]
 
@@ -87,7 +88,8 @@ def test_the_estimate_is_what_is_sent(curated):
     _, draft, _, server = curated
     sent = {"better images": 0, "thoughts": 0, "reflections": 0}
     for body in server.bodies.values():
-        sent["better images" if "prompt" in body else ("", "thoughts", "reflections")[len(images_of(body))]] += 1
+        sent["better images" if "prompt" in body else
+             ("", "thoughts", "reflections")[len(images_of(body))]] += 1
     assert {one.what: one.requests for one in draft.expenses} == sent
     texts = sum(len(texts_of(body).strip()) for body in server.bodies.values() if len(images_of(body)) == 1)
     thoughts = next(one for one in draft.expenses if one.what == "thoughts")
@@ -238,19 +240,20 @@ def test_every_bad_answer_is_a_cause_and_no_other_case_suffers(inputs, tmp_path)
            "number 1": ("thought", "<think>short</think>", "thought_too_short"),
            "number 2": ("thought", f"<think>The image shows {'a cat ' * 20}</think>", "thought_mentions_image"),
            "number 3": ("reflection", "no parts at all", "reflection_unreadable"),
-           "number 4": ("reflection", reflection("a cat, unlike the second image"), "reflection_mentions_image"),
+           "number 4": ("reflection", reflection("a cat, as in image 2"), "reflection_mentions_image"),
            "number 5": ("reflection", reflection("\ud800"), "not_unicode"),
            "number 6": ("reflection", reflection("x" * 20_000), "reflection_too_long")}
     def spoilt(body):
         for key, (what, text, _) in bad.items():
-            if f"prompt {key}\n" in texts_of(body) and len(images_of(body)) == {"thought": 1, "reflection": 2}[what]:
+            if f"prompt {key}\n" in texts_of(body) and len(images_of(body)) == 1 + (what == "reflection"):
                 return text
         return answer(body)
     with Misbehaving(spoilt).running() as server:
         done = run(server, inputs, tmp_path / "data")
     wanted = {cause: 1 for *_, cause in bad.values()} | {"no_first_round": 1}
     assert done.rejections == wanted and done.cases["partly"] == 8
-    told = {(one["id"], one["what"], one["cause"]) for one in map(json.loads, open(tmp_path / "data/rejected.jsonl"))}
+    told = {(one["id"], one["what"], one["cause"])
+            for one in map(json.loads, open(tmp_path / "data/rejected.jsonl"))}
     assert told == {(f"p{int(key[-1]):03d}", {"thought": "initial", "reflection": "improving"}[what], cause)
                     for key, (what, _, cause) in bad.items()} | {("p011", "improving", "no_first_round")}
     assert done.counts["initial_full"] == NUM + NUM_PAIRS - 3
@@ -294,7 +297,8 @@ def test_nothing_is_asked_of_what_can_be_told_before(tmp_path, inputs):
     (folder / "images" / "1.png").write_bytes(b"\x89PNG no image")
     (folder / "images" / "2.png").write_bytes((folder / "images" / "0.png").read_bytes())
     with open(path, "a") as file:
-        file.write('{"id": "again", "prompt": "  Prompt NUMBER 0. "}\n{"id": "gone", "prompt": "b", "image": "c.png"}\n')
+        file.write('{"id": "again", "prompt": "  Prompt NUMBER 0. "}\n')
+        file.write('{"id": "gone", "prompt": "b", "image": "c.png"}\n')
         file.write('{"id": "out", "prompt": "d", "image": "../../etc/passwd"}\n')
     with Misbehaving(answer).running() as server:
         done = run(server, (path, None), tmp_path / "data")

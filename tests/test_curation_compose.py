@@ -1,4 +1,4 @@
-"""The six modes against the paper's figure: which parts, in which order, where the loss is, how images enter."""
+"""The six modes against the paper's figure: which parts in which order, where the loss is, how images enter."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from curation_cases import picture
 from data_pipelines.curation.compose import IMPROVING, INITIAL, MODES, compose
 from data_pipelines.curation.material import Material, Picture, Round, Words
-from data_pipelines.curation.writing import ModeWriter, Row
+from data_pipelines.curation.writing import SCHEMA, ModeWriter, Row
 from data_pipelines.records import ImagePart, parse_conversation
 from data_pipelines.sources import ParquetRows
 
@@ -21,20 +21,21 @@ MATERIAL = Material(Words("SYSTEM", "HOW TO THINK", "HOW TO IMPROVE"), "PROMPT",
                     Round("FIRST THOUGHT", FIRST, {}), "REFLECTION")
 # (text or image, need_loss, need_vae, need_vit); a text has no other flags. From the method's figure: what is
 # learnt burns, what is looked at enters as VAE and as ViT.
-GIVEN, LEARNT, SEEN = (False,), (True,), (False, True, True)
+GIVEN, LEARNT, SEEN, DRAWN = (False,), (True,), (False, True, True), (True, False, False)
 TABLE = {
     "initial_thinking_understanding": [("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), (BETTER, *SEEN),
                                        ("HOW TO THINK", *GIVEN), ("THOUGHT", *LEARNT)],
     "initial_thinking_generation": [("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("THOUGHT", *LEARNT)],
-    "initial_full": [("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("THOUGHT", *LEARNT), (BETTER, True, False, False)],
+    "initial_full": [("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("THOUGHT", *LEARNT), (BETTER, *DRAWN)],
     "improving_thinking_understanding": [
         ("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), (FIRST, *SEEN), (BETTER, *SEEN), ("HOW TO IMPROVE", *GIVEN),
         ("REFLECTION", *LEARNT)],
     "improving_thinking_generation": [
-        ("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("FIRST THOUGHT", *GIVEN), (FIRST, *SEEN), ("REFLECTION", *LEARNT)],
+        ("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("FIRST THOUGHT", *GIVEN), (FIRST, *SEEN),
+        ("REFLECTION", *LEARNT)],
     "improving_full": [
-        ("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("FIRST THOUGHT", *GIVEN), (FIRST, *SEEN), ("REFLECTION", *LEARNT),
-        (BETTER, True, False, False)],
+        ("SYSTEM", *GIVEN), ("PROMPT", *GIVEN), ("FIRST THOUGHT", *GIVEN), (FIRST, *SEEN),
+        ("REFLECTION", *LEARNT), (BETTER, *DRAWN)],
 }
 
 
@@ -62,7 +63,8 @@ def test_without_a_system_prompt_none_opens_the_record(mode):
 
 @pytest.mark.parametrize("mode", TABLE)
 def test_what_a_mode_does_not_tell_it_does_not_need(mode):
-    lacking = (MATERIAL._replace(first=None, reflection="") if mode in INITIAL else MATERIAL._replace(thought=""))
+    unneeded = {"first": None, "reflection": ""} if mode in INITIAL else {"thought": ""}
+    lacking = MATERIAL._replace(**unneeded)
     assert compose(mode, lacking) == compose(mode, MATERIAL)
     missing = "thought" if mode in INITIAL else "reflection"
     with pytest.raises(ValueError, match="has no"):
@@ -86,7 +88,7 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, ids, per_file, pe
     if not ids:
         assert not (folder / "mode").exists()
         return
-    source = ParquetRows(folder / "mode", dict.fromkeys(("conversation", "id", "licence", "provenance"), "string"))
+    source = ParquetRows(folder / "mode", dict.fromkeys(SCHEMA.names, "string"))
     read = [source[i].values for i in range(len(source))]
     assert [(json.loads(one), id_, licence, json.loads(told)) for one, id_, licence, told in read] == [
         (row.conversation, row.id, row.licence, row.provenance) for row in written]

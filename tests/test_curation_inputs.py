@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from curation_cases import answer, contents, make_config, picture, reflection, thought, write_first_rounds, write_prompts
+from curation_cases import (
+    answer,
+    contents,
+    make_config,
+    picture,
+    reflection,
+    thought,
+    write_first_rounds,
+    write_prompts,
+)
 from data_pipelines.check import Wish, check
 from data_pipelines.config import DataConfig, GroupConfig, from_config_dict
 from data_pipelines.curation.cases import read_lines
@@ -33,22 +42,26 @@ def read(tmp_path, text, name="prompts.jsonl", **options):
 
 
 def test_prompts_are_read(tmp_path):
-    text = '{"prompt": " a cat "}\n\n{"prompt": "a dog", "id": "d", "licence": "MIT", "image": "d.png", "source": "web"}\n'
-    one, other = read(tmp_path, text)
+    dog = {"prompt": "a dog", "id": "d", "licence": "MIT", "image": "d.png", "source": "web"}
+    one, other = read(tmp_path, '{"prompt": " a cat "}\n\n' + json.dumps(dog))
     assert (one.case.id, one.case.prompt, one.case.licence, one.image) == ("000001", "a cat", "CC0", "")
     assert (other.case.id, other.case.licence, other.image) == ("d", "MIT", "d.png")
     assert other.case.source == {"file": "prompts.jsonl", "line": 3, "source": "web"}
-    assert [line.case.prompt for line in read(tmp_path, "a cat\n\n {\"b\"}\r\n", "prompts.txt")] == ["a cat", '{"b"}']
+    lines = read(tmp_path, "a cat\n\n {\"b\"}\r\n", "prompts.txt")
+    assert [line.case.prompt for line in lines] == ["a cat", '{"b"}']
 
 
 @pytest.mark.parametrize("text, told", [
     ("", "holds no prompt"), ("\n \n", "holds no prompt"), (b"\xff\xfe", "cannot be read"),
-    ("{", "line 1: not valid JSON"), ("[" * 100_000, "line 1: not valid JSON"), ("[]", "line 1: a line is a JSON object"),
+    ("{", "line 1: not valid JSON"), ("[" * 100_000, "line 1: not valid JSON"),
+    ("[]", "line 1: a line is a JSON object"),
     ('{"prompt": ""}', "line 1: lacks the field 'prompt'"), ('{"id": "a"}', "lacks the field 'prompt'"),
-    ('{"prompt": 3}', "field 'prompt' is 3"), ('{"prompt": "a", "promt": 1}', "unknown field 'promt'; did you mean"),
+    ('{"prompt": 3}', "field 'prompt' is 3"),
+    ('{"prompt": "a", "promt": 1}', "unknown field 'promt'; did you mean"),
     ('{"prompt": "a", "id": "../a"}', "id '../a' cannot name a file"),
     ('{"prompt": "a", "id": ".a"}', "cannot name a file"), ('{"prompt": "a", "id": ""}', "cannot name a file"),
-    ('{"prompt": "a", "request": 3}', "field 'request' is 3"), ('{"prompt": "a", "image": ["b"]}', "field 'image'"),
+    ('{"prompt": "a", "request": 3}', "field 'request' is 3"),
+    ('{"prompt": "a", "image": ["b"]}', "field 'image'"),
     ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "line 2: the id 'x' is that of .*line 1"),
 ])
 def test_wrong_prompts_are_named_by_line(text, told, tmp_path):
@@ -125,7 +138,8 @@ def test_folders_alone_make_all_six_modes(tmp_path):
     """Images and texts that somebody has made already: nothing is asked, and bytes stay bytes."""
     prompts = write_prompts(tmp_path / "in", 4)
     names = [f"prompt number {number}" for number in range(4)]
-    first, images, texts = write_first_rounds(tmp_path / "first", names), tmp_path / "images", tmp_path / "texts"
+    first = write_first_rounds(tmp_path / "first", names)
+    images, texts = tmp_path / "images", tmp_path / "texts"
     images.mkdir(), texts.mkdir()
     Image.fromarray(picture("p000", side=40)).save(images / "p000.jpg", quality=90)
     Image.fromarray(picture("p001", side=40)).save(images / "p001.webp")
@@ -136,7 +150,8 @@ def test_folders_alone_make_all_six_modes(tmp_path):
         (texts / f"p00{number}.reflection.txt").write_text(reflection(names[number]) if number else "none")
     config = from_config_dict(CurateConfig, {
         "prompts": str(prompts), "licence": "CC0-1.0", "filters": {"min_side": 16, "min_quality": 8.5},
-        "painter": {"kind": "folder", "folder": str(images)}, "critic": {"kind": "folder", "folder": str(texts)},
+        "painter": {"kind": "folder", "folder": str(images)},
+        "critic": {"kind": "folder", "folder": str(texts)},
         "sketcher": {"kind": "folder", "folder": str(first)}, "split": "train", "suffix": ""})
     draft = prepare(config, out=tmp_path / "data")
     assert draft.expenses == []
@@ -189,7 +204,8 @@ def test_large_images_are_shown_smaller_and_kept_as_they_are(tmp_path):
     Image.fromarray(picture("large", side=300)).resize((300, 150)).save(tmp_path / "in" / "images" / "0.png")
     with Misbehaving(answer).running() as server:
         endpoint = {"url": server.url, "model": "critic"}
-        curated(make_config(server.url, prompts, critic={"endpoint": endpoint, "max_side": 100}), tmp_path / "data")
+        critic = {"endpoint": endpoint, "max_side": 100}
+        curated(make_config(server.url, prompts, critic=critic), tmp_path / "data")
         shown, = [image.shape for body in server.bodies.values() for image in images_of(body)]
     assert shown == (50, 100, 3)
     kept = records(tmp_path / "data", "initial_full_learning")[0].parts[-1]

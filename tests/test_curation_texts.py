@@ -12,7 +12,14 @@ from PIL import Image
 from curation_cases import HEADINGS, picture, reflection, thought
 from data_pipelines.curation import filters
 from data_pipelines.curation.config import CurateConfig, FilterConfig
-from data_pipelines.curation.filters import Rules, Seen, check_template, fingerprint, load_safety, measure_similarity
+from data_pipelines.curation.filters import (
+    Rules,
+    Seen,
+    check_template,
+    fingerprint,
+    load_safety,
+    measure_similarity,
+)
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
 
 CONFIG = FilterConfig()
@@ -45,7 +52,7 @@ def changed(folder, name, text):
     ("think.txt", "Think.", r"think.txt: the placeholder \$prompt is missing"),
     ("reflect.txt", "$prompt $improvements $steps", r"reflect.txt: the placeholder \$final is missing"),
     ("quality.txt", "$prompt $imagee", r"quality.txt: the placeholder \$imagee is unknown; use \$prompt"),
-    ("how_to_think.txt", "$prompt", r"how_to_think.txt: the placeholder \$prompt is unknown; this file has none"),
+    ("how_to_think.txt", "$prompt", r"how_to_think.txt: the placeholder \$prompt is unknown; this file has"),
     ("paint.txt", "$prompt for 5$", "paint.txt: a \\$ begins no placeholder"),
     ("headings.txt", "One\nTwo\n", "headings.txt: 2 headings; write 3"),
     ("headings.txt", "One\nTwo\nOne\n", "headings.txt: 3 headings; write 3 different"),
@@ -80,8 +87,8 @@ def test_thoughts_are_read(text):
             read_thought(answer)
 
 
-@given(st.lists(PLAIN, min_size=4, max_size=4), st.sampled_from(("### {}", "## {}", "**{}**", "{}", "  #### {}  ")),
-       st.booleans())
+@given(st.lists(PLAIN, min_size=4, max_size=4),
+       st.sampled_from(("### {}", "## {}", "**{}**", "{}", "  #### {}  ")), st.booleans())
 def test_reflections_are_read_however_they_are_dressed(parts, dress, has_colon):
     parts = [part.strip() for part in parts]
     names = [heading if has_colon else heading.strip(":") for heading in HEADINGS]
@@ -128,8 +135,8 @@ def test_any_text_is_read_or_refused(text):
         assert value or value == 0.0
 
 
-@pytest.mark.parametrize("answer, score", [("7", 7), (" 8.5 ", 8.5), ("10/10", 10), ("**9**", 9), ("Score: 3", 3),
-                                           ("0", 0), ("6 / 10.", 6)])
+@pytest.mark.parametrize("answer, score", [
+    ("7", 7), (" 8.5 ", 8.5), ("10/10", 10), ("**9**", 9), ("Score: 3", 3), ("0", 0), ("6 / 10.", 6)])
 def test_scores_are_read(answer, score):
     assert read_score(answer) == score
 
@@ -222,14 +229,16 @@ def test_similarity_is_one_of_equals_and_falls_with_noise():
     assert found[0] == 1.0 and found == sorted(found, reverse=True) and found[-1] < 0.5
     assert measure_similarity(pixels, picture("a", side=64)) > 0.95    # of any sizes
     bounds = FilterConfig(min_similarity=0.2, max_similarity=0.9)
-    assert [filters.check_similarity(pixels, other, bounds) for other in (pixels, picture("b"), 255 - pixels)] == [
+    others = (pixels, picture("b"), 255 - pixels)
+    assert [filters.check_similarity(pixels, other, bounds) for other in others] == [
         "too_similar", "too_different", "too_different"]
 
 
 @pytest.mark.parametrize("fields, told", [
     ({"min_thought_chars": 9000}, "min_thought_chars is 9000, above max_thought_chars"),
     ({"min_similarity": 0.99}, "min_similarity is 0.99"), ({"min_quality": 11}, "min_quality is 11"),
-    ({"forbidden_in_thought": ("(",)}, "no regular expression"), ({"max_prompt_chars": 0}, "max_prompt_chars is 0"),
+    ({"forbidden_in_thought": ("(",)}, "no regular expression"),
+    ({"max_prompt_chars": 0}, "max_prompt_chars is 0"),
 ])
 def test_filters_that_would_take_nothing_are_refused(fields, told):
     with pytest.raises(ValueError, match=told):

@@ -5,7 +5,7 @@
                  "request": {...}}
 
 All but the prompt may be missing: without an id a case has the number of its line, and `licence` may be the
-config's for all. An image's path begins at the file's folder and leads to nowhere outside it. `source` is kept in
+config's for all. An image's path begins at the file's folder and leads nowhere outside it. `source` is kept in
 the provenance as it is. A `request` says what a prompt of the shapes world asks for.
 """
 
@@ -63,8 +63,8 @@ def read_lines(path: str | pathlib.Path, *, licence: str = "") -> list[Line]:
     known: dict[str, str] = {}
     for line in lines:
         if known.setdefault(line.case.id, line.place) != line.place:
-            raise ValueError(f"{line.place}: the id {line.case.id!r} is that of {known[line.case.id]}; give every "
-                             "line its own, or none")
+            raise ValueError(f"{line.place}: the id {line.case.id!r} is that of {known[line.case.id]}; give "
+                             "every line its own, or none")
     return lines
 
 
@@ -150,8 +150,8 @@ def _make(value: dict[str, Any], number: int, path: pathlib.Path, licence: str) 
         raise ValueError(f"{place}: the id {texts['id'][:80]!r} cannot name a file; use letters, digits, '_', "
                          "'-' and '.'")
     if not texts["licence"]:
-        raise ValueError(f"{place}: no licence is known; name it in the field 'licence', or for all lines in the "
-                         "config's licence")
+        raise ValueError(f"{place}: no licence is known; name it in the field 'licence', or for all lines in "
+                         "the config's licence")
     request = value.get("request")
     if request is not None and not isinstance(request, dict):
         raise ValueError(f"{place}: field 'request' is {request!r}; it is a JSON object")

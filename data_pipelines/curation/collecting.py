@@ -1,4 +1,4 @@
-"""Takes what was gathered, in order: records go to their modes' files, what was not taken is counted by cause."""
+"""Takes what was gathered, in order: records go to their modes' files, the rest is counted by cause."""
 
 import collections
 import contextlib

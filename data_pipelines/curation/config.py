@@ -79,7 +79,7 @@ class FilterConfig:
     min_reflection_chars: int = 200
     max_reflection_chars: int = 12_000
     min_side: int = 256            # pixels of the shorter side of any image
-    min_similarity: float = -1.0   # of first and better image, 64 x 64 greys, from -1 to 1 (structural similarity)
+    min_similarity: float = -1.0   # of first and better image, from -1 to 1 (structural, greys of 64 x 64)
     max_similarity: float = 0.98   # above, there is nothing to be learnt
     min_quality: float = 0.0       # of the better image, 0 to 10 by the critic; 0: it is not asked
     near_bits: int = 4             # fingerprints of 64 bits that differ in so many are of one image; -1: off
@@ -114,7 +114,8 @@ class FilterConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"the forbidden pattern {pattern!r} is no regular expression ({error})") from error
+                raise ValueError(f"the forbidden pattern {pattern!r} is no regular expression ({error})"
+                                 ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,8 @@ class CurateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is part of a folder's name")
         if (self.painter.kind == "shapes") != (self.critic.kind == "shapes"):
             raise ValueError(f"painter.kind is {self.painter.kind!r} and critic.kind {self.critic.kind!r}; the "
-                             "shapes renderer paints what the shapes detector wants: set both to 'shapes', or none")
+                             "shapes renderer paints what the shapes detector wants: set both to 'shapes', or "
+                             "none")
         if self.critic.kind == "shapes" and self.improve_pairs:
-            raise ValueError("improve_pairs is True; the shapes detector says what its own renderer should paint, "
-                             "not how a pair's image came about: set it to False")
+            raise ValueError("improve_pairs is True; the shapes detector says what its own renderer should "
+                             "paint, not how a pair's image came about: set it to False")

@@ -34,7 +34,7 @@ class Critic(Protocol):
 
 
 class EndpointCritic:
-    """A vision-language model behind an endpoint. What the rules refuse is asked again, as what is no answer."""
+    """A vision-language model behind an endpoint. What the rules refuse is asked for again, like no answer."""
 
     def __init__(self, endpoint: Endpoint, templates: Templates, rules: Rules, *, max_side: int):
         """Args: max_side of what it is shown, in pixels."""

@@ -89,13 +89,12 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
         partial.mkdir(parents=True)
         collector = _collect(draft, partial)
         described = collector.describe()
+        num_cases = len(draft.screened.cases) + len(draft.screened.rejections)
         causes = {cause: one["count"] for cause, one in described["rejections"].items()}
         if not any(collector.counts.values()):
-            raise ValueError(f"none of {len(draft.screened.cases) + len(draft.screened.rejections)} cases was taken: "
-                             f"{_list_causes(causes)}; correct the filters or the templates. What was answered is "
-                             "kept")
+            raise ValueError(f"none of {num_cases} cases was taken: {_list_causes(causes)}; correct the "
+                             "filters or the templates. What was answered is kept")
         collector.write_rejections(partial)
-        num_cases = len(draft.screened.cases) + len(draft.screened.rejections)
         cases = {"read": num_cases, **collector.told, "rejected": num_cases - sum(collector.told.values())}
         endpoints = draft.opened.endpoints
         manifest = draft.wanted | described | {
@@ -105,6 +104,8 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
             "sizes": {name: path.stat().st_size for name, path in list_files(partial).items()}}
         write_json(partial / MANIFEST, manifest)
         publish(out)
+        if not any(answers_folder(out).iterdir()):    # it was held, and nobody was asked
+            answers_folder(out).rmdir()
     return Curated(True, collector.counts, cases, causes,
                    {name: _tell_usage(one) for name, one in endpoints.items()})
 

@@ -1,7 +1,7 @@
 """What a curation will ask and cost, told before anything is sent.
 
-It is what an empty folder of answers and well-behaved models cost: requests that are already answered are known only
-as they come up, and cost nothing; what must be asked again, or fails a filter on the way, is not foreseen.
+It is what an empty folder of answers and well-behaved models cost: requests that are already answered are known
+only as they come up, and cost nothing; what must be asked again, or fails a filter on the way, is not foreseen.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,24 +46,24 @@ def estimate(cases: Sequence[Case], *, config: CurateConfig, templates: Template
         found.append(Expense(what, endpoint.model, count, read, wrote, images, cost))
 
     prompts = lambda of: (case.prompt for case in of)
+    fill = lambda template, of: (template.substitute(prompt=prompt) for prompt in prompts(of))
     if sketcher.kind == "endpoint" and improved:
         add("first thoughts", sketcher.writer, improved,
-            (templates.words.system_prompt + case.prompt for case in improved), tokens_out=assumed.thought_tokens)
+            (templates.words.system_prompt + prompt for prompt in prompts(improved)),
+            tokens_out=assumed.thought_tokens)
         add("first images", sketcher.painter, improved, prompts(improved), is_drawn=True)
     if painter.kind == "endpoint":
         drawn = [case for case in told if case.image is None]
-        add("better images", painter.endpoint, drawn,
-            (templates.paint.substitute(prompt=prompt) for prompt in prompts(drawn)), is_drawn=True)
+        add("better images", painter.endpoint, drawn, fill(templates.paint, drawn), is_drawn=True)
     if config.critic.kind == "endpoint":
         critic = config.critic.endpoint
         if config.filters.min_quality > 0:
-            add("scores", critic, told, (templates.quality.substitute(prompt=prompt) for prompt in prompts(told)),
-                shown=1, tokens_out=assumed.score_tokens)
-        add("thoughts", critic, initial, (templates.think.substitute(prompt=prompt) for prompt in prompts(initial)),
-            shown=1, tokens_out=assumed.thought_tokens)
-        first_thought = "x" * round(assumed.thought_tokens * assumed.chars_per_token)
+            add("scores", critic, told, fill(templates.quality, told), shown=1, tokens_out=assumed.score_tokens)
+        add("thoughts", critic, initial, fill(templates.think, initial), shown=1,
+            tokens_out=assumed.thought_tokens)
+        thought = "x" * round(assumed.thought_tokens * assumed.chars_per_token)
         add("reflections", critic, improved,
-            (templates.ask_reflection(prompt=prompt, first_thought=first_thought) for prompt in prompts(improved)),
+            (templates.ask_reflection(prompt=prompt, first_thought=thought) for prompt in prompts(improved)),
             shown=2, tokens_out=assumed.reflection_tokens)
     return [expense for expense in found if expense.requests]
 
@@ -72,8 +72,8 @@ def describe(expenses: Sequence[Expense]) -> str:
     """A table for people."""
     if not expenses:
         return "estimate: no endpoint is asked"
-    lines = ["estimate, if nothing is answered yet and every answer will do (kept answers cost nothing, but are "
-             "known only as they come up):",
+    lines = ["estimate, if nothing is answered yet and every answer will do (kept answers cost nothing, but "
+             "are known only as they come up):",
              f"{'':16}{'requests':>9}{'tokens in':>14}{'tokens out':>12}{'images':>9}{'cost':>11}  model"]
     total = Expense("in all", "", *map(sum, zip(*(expense[2:] for expense in expenses))))
     lines += [f"{one.what:16}{one.requests:9,}{one.tokens_in:14,}{one.tokens_out:12,}{one.images:9,}"

@@ -158,8 +158,8 @@ def load_safety(name: str) -> Safety | None:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"safety {name!r} cannot be imported ({error}); write package.module:function, and run "
-                         "where Python finds it") from error
+        raise ValueError(f"safety {name!r} cannot be imported ({error}); write package.module:function, "
+                         "and run where Python finds it") from error
     if not callable(found):
         raise ValueError(f"safety {name!r} is of type {type(found).__name__}; name a function")
     return found

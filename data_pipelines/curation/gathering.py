@@ -2,9 +2,9 @@
 
     first round -> better image -> size, similarity, quality -> thought -> reflection -> safety
 
-What costs least comes first, and what fails costs nothing more. A case has two sides: the initial modes, told of
-the image and a thought that leads to it, and the improving ones, told of a first round and a reflection. Either may
-fail alone; a bad image fails both.
+What costs least comes first, and what fails costs nothing more. A case has two sides: the initial modes, told
+of the image and a thought that leads to it, and the improving ones, told of a first round and a reflection.
+Either may fail alone; a bad image fails both.
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def gather(case: Case, *, crew: Crew, plan: Plan) -> Gathered:
         # Whoever has no first round is still told from the start.
         sides = [side for side in wanted if side == "initial" or first]
         if not wanted:
-            raise Rejected("no_mode", "no first round is wanted of a pair, and the config wants no initial mode")
+            raise Rejected("no_mode", "a pair is not improved, and the config wants no initial mode")
         if not sides:
             return Gathered(case, None, (), tuple(rejections), provenance)
         image, maker = _paint(case, crew, first)

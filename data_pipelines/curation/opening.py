@@ -16,7 +16,8 @@ from data_pipelines.endpoints import Endpoint, EndpointConfig
 from data_pipelines.shapes.crew import HEADINGS, WORDS, ShapesCrew
 
 # How an endpoint is asked, not what it answers; and where things lie, whose digests are recorded by themselves.
-_MANNERS = ("url", "key", "concurrency", "timeout", "attempts", "price_in", "price_out", "price_image", "budget")
+_MANNERS = ("url", "key", "concurrency", "timeout", "attempts", "price_in", "price_out", "price_image",
+            "budget")
 _PLACES = ("prompts", "templates", "folder", "estimate")
 
 
@@ -50,7 +51,7 @@ def open_crew(config: CurateConfig, answers: pathlib.Path) -> Opened:
 
 
 def describe_config(config: CurateConfig) -> dict[str, Any]:
-    """The fields that decide the records: not where things lie, what they cost, or how patiently they are asked."""
+    """The fields that decide the records: not where things lie, what they cost, or how patiently one asks."""
 
     def describe(value: Any) -> Any:
         if isinstance(value, EndpointConfig):
@@ -76,7 +77,8 @@ def _open_critic(config: CurateConfig, templates: Templates, rules: Rules, conne
 def _open_painter(config: CurateConfig, templates: Templates, connect: Any) -> Painter | None:
     match config.painter.kind:
         case "endpoint":
-            return EndpointPainter(connect("painter", config.painter.endpoint), templates, size=config.painter.size)
+            return EndpointPainter(connect("painter", config.painter.endpoint), templates,
+                                   size=config.painter.size)
         case "folder":
             return FolderPainter(config.painter.folder)
         case "shapes":

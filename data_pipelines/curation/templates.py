@@ -91,8 +91,8 @@ def read_thought(answer: str) -> str:
 def read_reflection(answer: str, headings: tuple[str, ...]) -> str:
     """A critic's answer as a reflection: four parts in think tags, headings as in headings.txt.
 
-    A critic may set its headings in bold or after another number of #, end them with or without a colon, and put
-    the tags around the first part alone, or nowhere.
+    A critic may set its headings in bold or after another number of #, end them with or without a colon, and
+    put the tags around the first part alone, or nowhere.
 
     Raises: ValueError unless every part is there, once, in order, and says something.
     """

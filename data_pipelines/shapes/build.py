@@ -4,9 +4,9 @@ DIR/train/<mode>/0000.parquet ...   columns `conversation`, `id`, `licence`, `pr
 DIR/prompts_heldout.jsonl           prompts that no training record shows
 DIR/manifest.json                   counts, configuration, versions, sha256 of every file
 
-The learning modes are gathered, filtered, composed and written as `data_pipelines.curate` does it, with renderer
-and detector as painter and critic (`crew.py`); the base model's modes are only written. The same configuration
-gives the same bytes.
+The learning modes are gathered, filtered, composed and written as `data_pipelines.curate` does it, with
+renderer and detector as painter and critic (`crew.py`); the base model's modes are only written. The same
+configuration gives the same bytes.
 """
 
 import dataclasses
@@ -87,7 +87,8 @@ def _describe(config: BuildConfig, prompts: list[str]) -> dict[str, Any]:
 def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathlib.Path) -> dict[str, Any]:
     """All records. Returns: their counts and what was not taken, for the manifest."""
     folders = {mode: folder / "train" / mode for mode in config.counts}
-    with (Collector(folders, rows_per_file=config.rows_per_file, rows_per_group=config.rows_per_group) as collector,
+    with (Collector(folders, rows_per_file=config.rows_per_file,
+                    rows_per_group=config.rows_per_group) as collector,
           tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress):
         for mode, count in config.counts.items():
             records = _gathered(mode, config, drafts)

@@ -1,7 +1,8 @@
 """The renderer as painter and the detector as critic: the miniature's part in curation.
 
-A case's pictures are scenes; what the base drew is looked at by the detector unless its scene is known. A prompt
-that `data_pipelines.curate` reads says in its field `request` what it asks for, as `prompts_heldout.jsonl` does.
+A case's pictures are scenes; what the base drew is looked at by the detector unless its scene is known. A
+prompt that `data_pipelines.curate` reads says in its field `request` what it asks for, as the lines of
+`prompts_heldout.jsonl` do.
 """
 
 import dataclasses
@@ -28,13 +29,14 @@ LICENCE = "Apache-2.0"
 WORDS = Words(language.SYSTEM_PROMPT, language.HOW_TO_THINK, language.HOW_TO_IMPROVE)
 HEADINGS = tuple(heading.removeprefix(f"{MARK} ") for heading in reflections.HEADINGS)
 # Scenes are few, and meant to recur; the texts are short.
-FILTERS = FilterConfig(min_thought_chars=1, min_reflection_chars=1, min_side=0, max_similarity=1.0, near_bits=-1)
+FILTERS = FilterConfig(min_thought_chars=1, min_reflection_chars=1, min_side=0, max_similarity=1.0,
+                       near_bits=-1)
 RULES = Rules(FILTERS, HEADINGS)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShapesCase(Case):
-    """A case of the miniature: its chance, the scene that fulfils it, and what the base drew, if that is known."""
+    """A case of the miniature: its chance, a scene that fulfils it, and what the base drew if that is known."""
 
     rng: np.random.Generator | None = None
     right: Scene | None = None       # would do; of a draft that was mended, the scene that it became
@@ -100,8 +102,8 @@ def understand(case: Case, rng: np.random.Generator) -> ShapesCase:
     Raises: ValueError if it brings no request; Rejected if no training picture may show what it asks for.
     """
     if case.request is None:
-        raise ValueError(f"prompt {case.id}: lacks the field 'request', which tells the shapes detector what is "
-                         "asked for")
+        raise ValueError(f"prompt {case.id}: lacks the field 'request', which tells the shapes detector what "
+                         "is asked for")
     try:
         request = Request.from_json(case.request)
     except ValueError as error:
