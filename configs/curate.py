@@ -7,8 +7,8 @@ r"""Records of the six learning modes made from prompts, as IRGL's were: base mo
 
 tells what it will ask and cost, asks, and writes IRGL/<mode>_learning/*.parquet, which configs/irgl_stage1.py
 takes as its data.source. Names, addresses and prices below are to be replaced by yours. For 10,000 prompts
-without images, each with a first round, the estimate is 10,000 images, 30,000 questions to the critic, 61 million
-tokens in and 6 million out; it takes two seconds.
+without images, each with a first round, the estimate is 10,000 images, 30,000 questions to the critic, 61
+million tokens in and 6 million out; it takes two seconds.
 
 Without any endpoint, the shapes world's renderer being the painter and its detector the critic:
 

@@ -9,7 +9,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {  # and a flag of its own
     "data_pipelines.build": "--source", "data_pipelines.check": "--write", "data_pipelines.show": "--config",
-    "data_pipelines.curate": "--estimate", "data_pipelines.budget": "--tokens", "data_pipelines.staging": "--source",
+    "data_pipelines.curate": "--estimate", "data_pipelines.budget": "--tokens",
+    "data_pipelines.staging": "--source",
     "irg_jax.convert": "--source", "irg_jax.draft": "--num",
     "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
     "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
@@ -54,7 +55,8 @@ def test_help_lists_the_flags(command):
     ([*CURATE, "--config.prompts=requirements.txt", "--config.licence="], "no licence is known"),
     ([*CURATE, "--config.filters.min_sidde=3"], "'filters.min_sidde'; did you mean 'min_side'?"),
     ([*CURATE, "--config.prompts=requirements.txt", "--config.templates=configs"], "configs/system_prompt.txt"),
-    ([*CURATE, "--config.prompts=requirements.txt"], "first rounds: 'first_rounds' is no folder"),
+    ([*CURATE, "--config.prompts=requirements.txt", "--config.painter.endpoint.key="],
+     "first rounds: 'first_rounds' is no folder"),
     (["irg_jax.generate", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--out", "OUT",
       "--prompt", " "], "--prompt is empty"),
     (["irg_jax.serve", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT",
