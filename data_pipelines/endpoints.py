@@ -6,6 +6,7 @@
 An endpoint is slow, refuses, breaks off or answers nonsense, and each of these is something else:
 
     no answer, 408, 409, 425, 429, 5xx, or not what an API sends    sent again, after a growing pause
+    another status, for what this one request says                  `Declined`: this one has no answer
     another status                                                  ends the command with what it said
     an answer that `parse` refuses                                  asked again, then left without a value
 
@@ -40,6 +41,7 @@ from data_pipelines.images import decode_image, read_image
 
 S, T = TypeVar("S"), TypeVar("T")
 AGAIN = {408, 409, 425, 429}    # and 5xx
+DECLINES = {"content_policy_violation", "moderation_blocked", "content_filter"}    # codes of errors
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0    # seconds
 MAX_ANSWER = 64 * 2**20         # bytes; an image of 4096 x 4096 as base64 fits
 MAX_PIXELS = 2**24
@@ -52,6 +54,10 @@ Read = Callable[[Any], tuple[dict[str, Any], bytes | None]]
 
 class EndpointError(ValueError):
     """An endpoint refuses, or gives no usable answer however often it is asked."""
+
+
+class Declined(EndpointError):
+    """An endpoint will not answer this one request for what it says; others it may."""
 
 
 class BudgetSpent(ValueError):
@@ -153,7 +159,7 @@ class Endpoint:
     def ask(self, messages: Sequence[Mapping[str, Any]], *, parse: Callable[[str], T]) -> Reply[T]:
         """One question. `parse` raises ValueError for an answer it cannot read.
 
-        Raises: EndpointError, BudgetSpent.
+        Raises: EndpointError, of which Declined is one, and BudgetSpent.
         """
         texts = []
         for number in range(self.config.asks):
@@ -213,7 +219,8 @@ class Endpoint:
                     return read(json.loads(raw))
                 fault = f"status {status}: {_shorten(raw)}"
                 if status not in AGAIN and status < 500:
-                    raise EndpointError(f"{self._client.base_url}{path} refuses, {fault}")
+                    kind = Declined if _is_declined(raw) else EndpointError
+                    raise kind(f"{self._client.base_url}{path} refuses, {fault}")
                 wait = _seconds(headers.get("retry-after", ""))
             except UNUSABLE as error:
                 fault = f"{type(error).__name__}: {_shorten(str(error).encode())}"
@@ -251,12 +258,13 @@ class Endpoint:
                                             images=kept["images"])
 
 
-def said(text: str, *, role: str = "user", images: Sequence[np.ndarray] = ()) -> dict[str, Any]:
-    """A message; images uint8 [H, W, 3] come before the text, as PNG."""
+def said(text: str, *, role: str = "user", images: Sequence[np.ndarray | bytes] = ()) -> dict[str, Any]:
+    """A message; images, uint8 [H, W, 3] or PNG, come before the text."""
     if not images:
         return {"role": role, "content": text}
+    encoded = (image if isinstance(image, bytes) else encode(image) for image in images)
     parts = [{"type": "image_url", "image_url": {
-        "url": f"data:image/png;base64,{base64.b64encode(encode(image)).decode('ascii')}"}} for image in images]
+        "url": f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"}} for png in encoded]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
@@ -327,6 +335,15 @@ def _read_image(answer: Any) -> tuple[dict[str, Any], bytes]:
         told = _shorten(json.dumps(answer).encode())
         raise _Unusable(f"not an image as b64_json ({error}): {told}") from error
     return {"images": 1, **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
+
+
+def _is_declined(raw: bytes) -> bool:
+    """Whether an error is about the content of a request."""
+    try:
+        error = json.loads(raw)["error"]
+        return isinstance(error["code"], str) and error["code"] in DECLINES
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _describe(answer: dict[str, Any], name_in: str, name_out: str) -> dict[str, Any]:

@@ -262,6 +262,35 @@ def test_every_bad_answer_is_a_cause_and_no_other_case_suffers(inputs, tmp_path)
     assert len(asked) >= 3    # asked again, then left
 
 
+def test_an_answer_that_will_not_do_is_asked_again_and_paid_for_once(curated, inputs, tmp_path):
+    """The first answer to every question is nonsense; interrupted and resumed, none is sent twice."""
+    first = lambda body: "prompt" not in body and "seed" not in body
+    with Misbehaving(lambda body: "nonsense" if first(body) else answer(body)).running() as server:
+        endpoint = lambda budget: {"endpoint": {"url": server.url, "model": "critic", "price_in": 1e4,
+                                                "price_out": 1e5, "budget": budget}}
+        with pytest.raises(BudgetSpent):
+            run(server, inputs, tmp_path / "data", critic=endpoint(40.0))
+        done = run(server, inputs, tmp_path / "data", critic=endpoint(0.0))
+    assert done.counts == curated[2].counts and set(server.answered.values()) == {1}
+    assert len(server.answered) == NUM + 2 * (NUM + NUM_PAIRS + NUM_DRAWN)
+    for file, data in contents(tmp_path / "data").items():
+        assert file == "manifest.json" or data == contents(curated[0])[file]    # usage alone differs
+
+
+def test_what_an_endpoint_declines_is_a_rejection(inputs, tmp_path):
+    def decline(key, number):
+        body = server.bodies[key]
+        if len(images_of(body)) == 2 and "prompt number 5\n" in texts_of(body):
+            return "declined"
+        return "declined" if body.get("prompt") in ("prompt number 2", "prompt number 3") else ""
+    server = Misbehaving(answer, decline)
+    with server.running():
+        done = run(server, inputs, tmp_path / "data")
+    assert done.rejections == {"declined": 3, "no_first_round": 1}
+    assert done.cases == {"read": NUM + NUM_PAIRS, "whole": NUM + NUM_PAIRS - 4, "partly": 2, "rejected": 2}
+    assert done.counts["initial_full"] == NUM + NUM_PAIRS - 2 and done.counts["improving_full"] == NUM_DRAWN - 3
+
+
 def test_a_painter_that_repeats_itself_is_noticed(inputs, tmp_path):
     same = lambda body: picture("always the same") if "prompt" in body else answer(body)
     with Misbehaving(same).running() as server:

@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.curation.filters import Rules
-from data_pipelines.curation.material import Case, Picture, Rejected, Round
+from data_pipelines.curation.material import MAX_PIXELS, Case, Picture, Rejected, Round
 from data_pipelines.curation.templates import Templates, read_reflection, read_score, read_thought
 from data_pipelines.endpoints import Endpoint, said
+from data_pipelines.images import image_size
 from data_pipelines.lines import Folder
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class EndpointCritic:
                 raise ValueError(cause)
             return value
 
-        shown = [shrink(image.pixels, self._max_side) for image in images]
+        shown = [show(image, self._max_side) for image in images]
         reply = self._endpoint.ask([said(text, images=shown)], parse=parse)
         if reply.value is None:
             raise Rejected(*faults[-1])
@@ -108,6 +109,14 @@ class FolderCritic:
             return read(self._folder.read(name, where=name, limit=MAX_TEXT_BYTES).decode("utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
             raise Rejected(f"{what}_unreadable", str(error)[:TOLD]) from error
+
+
+def show(image: Picture, max_side: int) -> np.ndarray | bytes:
+    """What is sent of an image: a PNG of no more than `max_side` as it is, for encoding takes longest."""
+    data = image.data
+    if data.startswith(b"\x89PNG") and max(image_size(data, where="", max_pixels=MAX_PIXELS)) <= max_side:
+        return data
+    return shrink(image.pixels, max_side)
 
 
 def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:

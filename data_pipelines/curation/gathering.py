@@ -24,6 +24,7 @@ from data_pipelines.curation.material import Case, Material, Picture, Rejected, 
 from data_pipelines.curation.painters import Painter
 from data_pipelines.curation.sketchers import Sketcher
 from data_pipelines.curation.writing import Row
+from data_pipelines.endpoints import Declined
 
 CASE = "case"
 SIDES = {"initial": INITIAL, "improving": IMPROVING}
@@ -90,9 +91,8 @@ def gather(case: Case, *, crew: Crew, plan: Plan) -> Gathered:
         material = Material(plan.words, case.prompt, image, texts.get("initial") or "",
                             first if "improving" in told else None, texts.get("improving") or "")
         _check_safety(material, plan.rules)
-    except Rejected as rejected:
-        fault = Rejection(case.id, CASE, rejected.cause, rejected.told)
-        return Gathered(case, None, (), (fault,), provenance)
+    except (Rejected, Declined) as fault:
+        return Gathered(case, None, (), (_reject(case, CASE, fault),), provenance)
     provenance |= {"image": {**maker, "sha256": image.sha256}, "texts": crew.critic.name}
     if material.first:
         provenance["first"] = {**material.first.source, "sha256": material.first.image.sha256}
@@ -114,9 +114,15 @@ def _attempt(work: Any, side: str, case: Case, rejections: list[Rejection]) -> A
     """What `work` returns; None, and a rejection, if it fails."""
     try:
         return work()
-    except Rejected as rejected:
-        rejections.append(Rejection(case.id, side, rejected.cause, rejected.told))
+    except (Rejected, Declined) as fault:
+        rejections.append(_reject(case, side, fault))
         return None
+
+
+def _reject(case: Case, what: str, fault: Rejected | Declined) -> Rejection:
+    if isinstance(fault, Declined):
+        return Rejection(case.id, what, "declined", str(fault))
+    return Rejection(case.id, what, fault.cause, fault.told)
 
 
 def _sketch(case: Case, crew: Crew, plan: Plan) -> Round:
