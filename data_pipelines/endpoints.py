@@ -129,6 +129,13 @@ class Reply(NamedTuple, Generic[T]):
     texts: tuple[str, ...]
 
 
+class Drawn(NamedTuple):
+    """A PNG, and the `revised_prompt` that came with it: of `irg_jax.serve` what the model thought before."""
+
+    file: pathlib.Path
+    told: str
+
+
 class Endpoint:
     """Safe to use from many threads."""
 
@@ -176,13 +183,13 @@ class Endpoint:
 
     def draw(self, prompt: str, *, size: str = "1024x1024") -> np.ndarray:
         """An image uint8 [H, W, 3] for a prompt. Raises: as `ask`."""
-        return read_image(self.draw_file(prompt, size=size))
+        return read_image(self.draw_file(prompt, size=size).file)
 
-    def draw_file(self, prompt: str, *, size: str = "1024x1024") -> pathlib.Path:
-        """As `draw`, the PNG that is kept in the folder."""
+    def draw_file(self, prompt: str, *, size: str = "1024x1024") -> Drawn:
+        """As `draw`, the image as it is kept in the folder, and what came with it."""
         body = {"model": self.config.model, "prompt": prompt, "n": 1, "size": size, **self.config.options}
         kept = self._answer("images/generations", body, _read_image)
-        return self._folder / kept["content"]
+        return Drawn(self._folder / kept["content"], str(kept.get("told", "")))
 
     def _answer(self, path: str, body: dict[str, Any], read: Read) -> dict[str, Any]:
         """What the folder keeps of a request; it is sent if that is nothing yet."""
@@ -334,7 +341,9 @@ def _read_image(answer: Any) -> tuple[dict[str, Any], bytes]:
     except (LookupError, TypeError, ValueError) as error:
         told = _shorten(json.dumps(answer).encode())
         raise _Unusable(f"not an image as b64_json ({error}): {told}") from error
-    return {"images": 1, **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
+    told = answer["data"][0].get("revised_prompt")
+    return {"images": 1, "told": told if isinstance(told, str) else "",
+            **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
 
 
 def _is_declined(raw: bytes) -> bool:

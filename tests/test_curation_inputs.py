@@ -34,6 +34,10 @@ from data_pipelines.shapes.scene import Request
 from data_pipelines.shapes.score import score
 from data_pipelines.sources import ParquetRows
 from endpoint_cases import Misbehaving, images_of
+from irg_jax.sampling.trajectory import Generator
+from irg_jax.serving.config import ServeConfig
+from sampling_cases import WIDE, make_model
+from serving_cases import served
 
 
 def read(tmp_path, text, name="prompts.jsonl", **options):
@@ -185,6 +189,27 @@ def test_a_base_model_behind_endpoints(tmp_path):
     parts = records(tmp_path / "data", "improving_full_learning")[0].parts
     assert [part.data for part in parts if isinstance(part, ImagePart)] == [
         encode(picture(f"{who} prompt number 0")) for who in ("base", "better")]
+
+
+def test_our_own_server_is_a_base_model_whose_thoughts_come_with_its_images(tmp_path):
+    """A small network with random weights: one request gives a first round, and it is the server's own."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("two stars\nblue\n")
+    generator = Generator(make_model(), WIDE)
+    with served(generator, ServeConfig()) as address, Misbehaving(answer).running() as server:
+        base = {"url": f"{address}/v1", "model": "small", "options": {"num_turns": 1, "seed": 5}}
+        config = make_config(server.url, prompts, modes=("improving_full",),
+                             sketcher={"kind": "endpoint", "painter": base, "size": "48x32"})
+        draft = prepare(config, out=tmp_path / "data")
+        done = curate(draft, out=tmp_path / "data")
+    assert {one.what: one.requests for one in draft.expenses} == dict.fromkeys(
+        ("first images", "better images", "reflections"), 2)
+    assert done.counts["improving_full"] == 2
+    turn = generator.trajectories(["two stars"], num_turns=1, seeds=[5])[0][0]
+    parts = records(tmp_path / "data", "improving_full_learning")[0].parts
+    assert parts[2].text == turn.text.strip() and not parts[2].need_loss
+    drawn = decode_image(parts[3].data, where="", max_pixels=10_000).astype(int)
+    assert abs(drawn - turn.image).max() <= 2    # batches differ by rounding
 
 
 def test_pairs_may_be_improved_if_wanted(tmp_path):

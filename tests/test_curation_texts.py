@@ -263,7 +263,7 @@ def test_a_hook_that_answers_nonsense_ends_it():
     ({"modes": ("initial_ful",)}, "unknown 'initial_ful'"), ({"modes": ()}, "name at least one"),
     ({"suffix": "../x"}, "suffix is '../x'"), ({"painter": {"kind": "shapes"}}, "set both to 'shapes'"),
     ({"painter": {"kind": "folder"}}, "folder is missing"), ({"painter": {"kind": "fodler"}}, "'painter.kind'"),
-    ({"sketcher": {"kind": "endpoint"}}, "writer is missing"), ({"painter": {"size": "big"}}, "size is 'big'"),
+    ({"sketcher": {"kind": "endpoint"}}, "painter is missing"), ({"painter": {"size": "big"}}, "size is 'big'"),
     ({"critc": {}}, "did you mean 'critic'"),
     ({"estimate": {"chars_per_token": 0}}, "chars_per_token is 0"),
 ])

@@ -24,13 +24,13 @@ class SketcherConfig:
 
     kind: Literal["none", "folder", "endpoint"] = "none"
     folder: str = ""                        # of irg_jax.generate; matched by prompt
-    writer: EndpointConfig | None = None    # of the thought: the system prompt, then the prompt
-    painter: EndpointConfig | None = None   # of the image, from the prompt
+    # Of the image; irg_jax.serve with options {"num_turns": 1} thinks first, and tells it as `revised_prompt`.
+    painter: EndpointConfig | None = None
+    writer: EndpointConfig | None = None    # of the thought, if it does not come with the image
     size: str = "1024x1024"
 
     def __post_init__(self):
         _require(self, "folder", when=self.kind == "folder")
-        _require(self, "writer", when=self.kind == "endpoint")
         _require(self, "painter", when=self.kind == "endpoint")
         _check_size(self.size)
 
@@ -82,7 +82,7 @@ class FilterConfig:
     min_similarity: float = -1.0   # of first and better image, from -1 to 1 (structural, greys of 64 x 64)
     max_similarity: float = 0.98   # above, there is nothing to be learnt
     min_quality: float = 0.0       # of the better image, 0 to 10 by the critic; 0: it is not asked
-    near_bits: int = 4             # fingerprints of 64 bits that differ in so many are of one image; -1: off
+    near_bits: int = 4             # images whose fingerprints of 64 differ in so many are one; -1: any may recur
     # Regular expressions, without regard to case. A thought comes before any image; a reflection knows one.
     forbidden_in_thought: tuple[str, ...] = (
         r"\b(?:given|provided|attached|uploaded|reference|original) (?:image|picture|photo)\b",

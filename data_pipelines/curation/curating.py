@@ -30,7 +30,7 @@ ANSWERS = ".answers"    # what the folder beside OUT ends in that keeps what end
 class Curated(NamedTuple):
     """What a curation did."""
 
-    written: bool                    # False: OUT held exactly this data set, or an estimate was all
+    written: bool                    # False: OUT held exactly this data set
     counts: dict[str, int]           # records of each mode
     cases: dict[str, int]            # read, told whole, told partly, rejected
     rejections: dict[str, int]       # by cause

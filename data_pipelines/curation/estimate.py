@@ -48,9 +48,10 @@ def estimate(cases: Sequence[Case], *, config: CurateConfig, templates: Template
     prompts = lambda of: (case.prompt for case in of)
     fill = lambda template, of: (template.substitute(prompt=prompt) for prompt in prompts(of))
     if sketcher.kind == "endpoint" and improved:
-        add("first thoughts", sketcher.writer, improved,
-            (templates.words.system_prompt + prompt for prompt in prompts(improved)),
-            tokens_out=assumed.thought_tokens)
+        if sketcher.writer:
+            add("first thoughts", sketcher.writer, improved,
+                (templates.words.system_prompt + prompt for prompt in prompts(improved)),
+                tokens_out=assumed.thought_tokens)
         add("first images", sketcher.painter, improved, prompts(improved), is_drawn=True)
     if painter.kind == "endpoint":
         drawn = [case for case in told if case.image is None]

@@ -136,10 +136,10 @@ class Seen:
 
     def check_image(self, sha256: str, print_: int) -> str:
         """Args: the digest of an image's bytes, and its fingerprint."""
-        if cause := _first("duplicate_image", sha256, self._digests):
-            return cause
         if self._near_bits < 0:
             return ""
+        if cause := _first("duplicate_image", sha256, self._digests):
+            return cause
         differing = np.bitwise_count(self._prints[:self._count] ^ np.uint64(print_))
         if self._count and differing.min() <= self._near_bits:
             return "near_duplicate_image"

@@ -1,8 +1,8 @@
 """One case from its prompt to the material of its records, or to why there is none.
 
-    first round -> better image -> size, similarity, quality -> thought -> reflection -> safety
+    first round -> better image -> size -> score -> thought -> similarity -> reflection -> safety
 
-What costs least comes first, and what fails costs nothing more. A case has two sides: the initial modes, told
+What fails costs nothing more. A case has two sides: the initial modes, told
 of the image and a thought that leads to it, and the improving ones, told of a first round and a reflection.
 Either may fail alone; a bad image fails both.
 """
@@ -73,12 +73,12 @@ def gather(case: Case, *, crew: Crew, plan: Plan) -> Gathered:
     provenance: dict[str, Any] = {"prompt": case.source}
     wanted, first = plan.sides(case, crew), None
     try:
+        if not wanted:
+            raise Rejected("no_mode", "a pair is not improved, and the config wants no initial mode")
         if "improving" in wanted:
             first = _attempt(lambda: _sketch(case, crew, plan), "improving", case, rejections)
         # Whoever has no first round is still told from the start.
         sides = [side for side in wanted if side == "initial" or first]
-        if not wanted:
-            raise Rejected("no_mode", "a pair is not improved, and the config wants no initial mode")
         if not sides:
             return Gathered(case, None, (), tuple(rejections), provenance)
         image, maker = _paint(case, crew, first)

@@ -89,9 +89,9 @@ def _open_painter(config: CurateConfig, templates: Templates, connect: Any) -> P
 def _open_sketcher(config: CurateConfig, templates: Templates, connect: Any) -> Sketcher | None:
     match config.sketcher.kind:
         case "endpoint":
-            return EndpointSketcher(connect("first_thoughts", config.sketcher.writer),
-                                    connect("first_images", config.sketcher.painter), size=config.sketcher.size,
-                                    system_prompt=templates.words.system_prompt)
+            writer = config.sketcher.writer and connect("first_thoughts", config.sketcher.writer)
+            return EndpointSketcher(writer, connect("first_images", config.sketcher.painter),
+                                    size=config.sketcher.size, system_prompt=templates.words.system_prompt)
         case "folder":
             return FolderSketcher(config.sketcher.folder)
     return None

@@ -53,6 +53,7 @@ class EndpointPainter:
 
     def paint(self, case: Case, first: Round | None) -> Painted:
         """Raises: EndpointError, BudgetSpent."""
-        path = self._endpoint.draw_file(self._templates.paint.substitute(prompt=case.prompt), size=self._size)
-        return Painted(Picture.read(path, path.read_bytes()),
+        text = self._templates.paint.substitute(prompt=case.prompt)
+        file = self._endpoint.draw_file(text, size=self._size).file
+        return Painted(Picture.read(file, file.read_bytes()),
                        {"by": "endpoint", "model": self._endpoint.config.model})

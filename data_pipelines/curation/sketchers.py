@@ -37,7 +37,8 @@ class FolderSketcher:
             raise ValueError(f"first rounds: {str(folder)!r} is no folder; give --out of irg_jax.generate")
         self._folder = Folder(self._root)
         self._drawings: dict[str, tuple[str, dict[str, Any]]] = {}
-        names = sorted(path.name for path in self._root.iterdir() if re.fullmatch(r"\d{4,9}", path.name))
+        names = sorted((path.name for path in self._root.iterdir() if re.fullmatch(r"\d{4,9}", path.name)),
+                       key=int)
         for name in names:
             request = self._read_request(name)
             self._drawings.setdefault(request["prompt"].strip(), (name, request))
@@ -81,9 +82,12 @@ class FolderSketcher:
 
 
 class EndpointSketcher:
-    """A base model behind endpoints: its thought after the system prompt, its image from the prompt."""
+    """A base model behind endpoints: its thought after the system prompt, its image from the prompt.
 
-    def __init__(self, writer: Endpoint, painter: Endpoint, *, size: str, system_prompt: str):
+    Without a writer the thought is the `revised_prompt` that comes with the image, as from `irg_jax.serve`.
+    """
+
+    def __init__(self, writer: Endpoint | None, painter: Endpoint, *, size: str, system_prompt: str):
         self._writer, self._painter, self._size = writer, painter, size
         self._system_prompt = system_prompt
 
@@ -92,22 +96,27 @@ class EndpointSketcher:
         return True
 
     def messages(self, case: Case) -> list[dict[str, Any]]:
-        """What the writer is asked."""
+        """What a writer is asked."""
         opening = [said(self._system_prompt, role="system")] if self._system_prompt else []
         return [*opening, said(case.prompt)]
 
     def sketch(self, case: Case) -> Round:
         """Raises: Rejected if it thinks nothing; EndpointError, BudgetSpent."""
+        source = {"by": "endpoint", "painter": self._painter.config.model}
+        thought = None
+        if self._writer:
+            thought = self._writer.ask(self.messages(case), parse=_need_text).value
+            source["writer"] = self._writer.config.model
+            if thought is None:
+                raise Rejected("empty_first_thought")
+        drawn = self._painter.draw_file(case.prompt, size=self._size)
+        thought = thought or drawn.told.strip()
+        if not thought:
+            raise Rejected("empty_first_thought", "no revised_prompt came with the image")
+        return Round(thought, Picture.read(drawn.file, drawn.file.read_bytes()), source)
 
-        def parse(answer: str) -> str:
-            if not answer.strip():
-                raise ValueError("no thought")
-            return answer.strip()
 
-        thought = self._writer.ask(self.messages(case), parse=parse).value
-        if thought is None:
-            raise Rejected("empty_first_thought")
-        path = self._painter.draw_file(case.prompt, size=self._size)
-        picture = Picture.read(path, path.read_bytes())
-        return Round(thought, picture, {"by": "endpoint", "writer": self._writer.config.model,
-                                        "painter": self._painter.config.model})
+def _need_text(answer: str) -> str:
+    if not answer.strip():
+        raise ValueError("no thought")
+    return answer.strip()
