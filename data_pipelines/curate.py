@@ -20,6 +20,7 @@ answer twice.
 """
 
 import pathlib
+import sys
 from typing import Any
 
 from absl import flags
@@ -37,7 +38,12 @@ def main(values: Any) -> None:
     rejected = len(draft.screened.rejections)
     print(f"{len(draft.screened.cases) + rejected:,} prompts, of which {rejected:,} are rejected before "
           "anything is asked")
-    print(describe(draft.expenses), flush=True)
+    print(describe(draft.expenses))
+    for name, endpoint in draft.opened.endpoints.items():
+        if endpoint.usage.cost or endpoint.config.budget:
+            limit = f" of a budget of {endpoint.config.budget:,.2f}" if endpoint.config.budget else ""
+            print(f"{name}: {endpoint.usage.cost:,.2f} spent so far{limit}")
+    sys.stdout.flush()
     if values.estimate:
         return
     print(tell(curate(draft, out=values.out, overwrite=values.overwrite), values.out))

@@ -187,6 +187,10 @@ def test_killed_in_the_middle_the_same_command_goes_on(curated, inputs, tmp_path
         config = tmp_path / "config.py"
         config.write_text(_CONFIG.format(url=server.url, prompts=str(inputs[0]), first=str(inputs[1])))
         command = [sys.executable, "-m", "data_pipelines.curate", "--config", str(config), "--out", str(out)]
+        told = subprocess.run([*command, "--estimate"], cwd=ROOT, capture_output=True, text=True)
+        assert "16 prompts, of which 0" in told.stdout, told.stderr
+        assert "in all                 39" in told.stdout
+        assert not server.tries and not out.exists()
         kept: set[str] = set()
         for wanted in (2, 12, 25):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -205,7 +209,8 @@ def test_killed_in_the_middle_the_same_command_goes_on(curated, inputs, tmp_path
         assert len(kept) >= 25 and len(server.tries) == NUM_REQUESTS
         assert len(asked) <= NUM_REQUESTS - len(kept)     # nothing that was kept
         assert contents(out) == contents(curated[0])
-        assert "already made: 81" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "already made: 81" in told.stdout and "critic: 54.00 spent so far" in told.stdout
 
 
 _CONFIG = """

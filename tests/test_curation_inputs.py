@@ -66,6 +66,7 @@ def test_prompts_are_read(tmp_path):
     ('{"prompt": "a", "id": ".a"}', "cannot name a file"), ('{"prompt": "a", "id": ""}', "cannot name a file"),
     ('{"prompt": "a", "request": 3}', "field 'request' is 3"),
     ('{"prompt": "a", "image": ["b"]}', "field 'image'"),
+    ('{"prompt": "a", "licence": "\\ud800"}', "field 'licence' is not Unicode"),
     ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "line 2: the id 'x' is that of .*line 1"),
 ])
 def test_wrong_prompts_are_named_by_line(text, told, tmp_path):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.config import nearest
-from data_pipelines.curation.filters import Rules, Seen, check_prompt, check_side, fingerprint
+from data_pipelines.curation.filters import Rules, Seen, check_prompt, check_side, check_unicode, fingerprint
 from data_pipelines.curation.material import Case, Picture, Rejected, Rejection
 from data_pipelines.jobs import default_workers
 from data_pipelines.lines import Folder
@@ -144,6 +144,8 @@ def _make(value: dict[str, Any], number: int, path: pathlib.Path, licence: str) 
     for key, field in texts.items():
         if not isinstance(field, str):
             raise ValueError(f"{place}: field {key!r} is {field!r}; it is a text")
+        if key != "prompt" and check_unicode(field):    # such a prompt is rejected, and counted
+            raise ValueError(f"{place}: field {key!r} is not Unicode (half of a surrogate pair)")
     if not texts.get("prompt", "").strip():
         raise ValueError(f"{place}: lacks the field 'prompt' with a text")
     if not _ID.fullmatch(texts["id"]):

@@ -82,7 +82,7 @@ class FilterConfig:
     min_similarity: float = -1.0   # of first and better image, from -1 to 1 (structural, greys of 64 x 64)
     max_similarity: float = 0.98   # above, there is nothing to be learnt
     min_quality: float = 0.0       # of the better image, 0 to 10 by the critic; 0: it is not asked
-    near_bits: int = 4             # images whose fingerprints of 64 differ in so many are one; -1: any may recur
+    near_bits: int = 4             # images whose fingerprints differ in so few of 64 bits are one; -1: off
     # Regular expressions, without regard to case. A thought comes before any image; a reflection knows one.
     forbidden_in_thought: tuple[str, ...] = (
         r"\b(?:given|provided|attached|uploaded|reference|original) (?:image|picture|photo)\b",
