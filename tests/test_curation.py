@@ -301,6 +301,8 @@ def test_a_painter_that_repeats_itself_is_noticed(inputs, tmp_path):
     with Misbehaving(same).running() as server:
         done = run(server, inputs, tmp_path / "data")
     assert done.rejections == {"duplicate_image": NUM - 1}
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["rejections"]["duplicate_image"]["ids"] == [f"p{number:03d}" for number in range(1, NUM)]
     assert done.cases == {"read": NUM + NUM_PAIRS, "whole": 1 + NUM_PAIRS, "partly": 0, "rejected": NUM - 1}
 
 

@@ -79,8 +79,8 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
         cause = check_prompt(case.prompt, rules.config) or seen.check_prompt(case.prompt)
         cause, told = (cause, "") if cause or not isinstance(image, Rejected) else (image.cause, image.told)
         if not cause and isinstance(image, tuple):
-            picture, print_ = image
-            cause = seen.check_image(picture.sha256, print_)
+            picture, bits = image
+            cause = seen.check_image(picture.sha256, bits)
             case = dataclasses.replace(case, image=picture)
         cause = cause or rules.judge_safety(case.prompt, (), ())
         if cause:

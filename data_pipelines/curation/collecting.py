@@ -50,8 +50,8 @@ class Collector:
         self.rejections += gathered.rejections
         if gathered.material is None:
             return
-        if self._seen and gathered.print is not None:
-            if cause := self._seen.check_image(gathered.material.image.sha256, gathered.print):
+        if self._seen and gathered.fingerprint is not None:
+            if cause := self._seen.check_image(gathered.material.image.sha256, gathered.fingerprint):
                 # What was said of its other side goes with it: a case is counted once.
                 self.rejections[len(self.rejections) - len(gathered.rejections):] = [
                     Rejection(gathered.case.id, CASE, cause)]

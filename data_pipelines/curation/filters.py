@@ -134,18 +134,18 @@ class Seen:
         key = " ".join(prompt.casefold().split()).strip(" .!?,;:\"'")
         return _first("duplicate_prompt", key, self._prompts)
 
-    def check_image(self, sha256: str, print_: int) -> str:
+    def check_image(self, sha256: str, bits: int) -> str:
         """Args: the digest of an image's bytes, and its fingerprint."""
         if self._near_bits < 0:
             return ""
         if cause := _first("duplicate_image", sha256, self._digests):
             return cause
-        differing = np.bitwise_count(self._prints[:self._count] ^ np.uint64(print_))
+        differing = np.bitwise_count(self._prints[:self._count] ^ np.uint64(bits))
         if self._count and differing.min() <= self._near_bits:
             return "near_duplicate_image"
         if self._count == len(self._prints):
             self._prints = np.concatenate([self._prints, np.zeros_like(self._prints)])
-        self._prints[self._count] = print_
+        self._prints[self._count] = bits
         self._count += 1
         return ""
 

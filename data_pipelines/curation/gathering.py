@@ -7,8 +7,8 @@ of the image and a thought that leads to it, and the improving ones, told of a f
 Either may fail alone; a bad image fails both.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from data_pipelines.curation.compose import IMPROVING, INITIAL, compose
 from data_pipelines.curation.critics import Critic
@@ -26,6 +26,7 @@ from data_pipelines.curation.sketchers import Sketcher
 from data_pipelines.curation.writing import Row
 from data_pipelines.endpoints import Declined
 
+T = TypeVar("T")
 CASE = "case"
 SIDES = {"initial": INITIAL, "improving": IMPROVING}
 
@@ -61,7 +62,7 @@ class Gathered(NamedTuple):
     modes: tuple[str, ...]               # that can be told
     rejections: tuple[Rejection, ...]
     provenance: dict[str, Any]           # of all its records
-    print: int | None = None             # fingerprint of an image that a painter made
+    fingerprint: int | None = None       # of an image that a painter made
 
 
 def gather(case: Case, *, crew: Crew, plan: Plan) -> Gathered:
@@ -110,7 +111,7 @@ def tell(gathered: Gathered, mode: str) -> Row | None:
     return Row(compose(mode, gathered.material), case.id, case.licence, gathered.provenance)
 
 
-def _attempt(work: Any, side: str, case: Case, rejections: list[Rejection]) -> Any:
+def _attempt(work: Callable[[], T], side: str, case: Case, rejections: list[Rejection]) -> T | None:
     """What `work` returns; None, and a rejection, if it fails."""
     try:
         return work()

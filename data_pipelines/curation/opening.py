@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from data_pipelines.curation.config import CurateConfig
@@ -19,6 +19,9 @@ from data_pipelines.shapes.crew import HEADINGS, WORDS, ShapesCrew
 _MANNERS = ("url", "key", "concurrency", "timeout", "attempts", "price_in", "price_out", "price_image",
             "budget")
 _PLACES = ("prompts", "templates", "folder", "estimate")
+
+
+Connect = Callable[[str, EndpointConfig], Endpoint]    # by what it does, and how
 
 
 class Opened(NamedTuple):
@@ -64,7 +67,7 @@ def describe_config(config: CurateConfig) -> dict[str, Any]:
     return describe(config)
 
 
-def _open_critic(config: CurateConfig, templates: Templates, rules: Rules, connect: Any) -> Critic:
+def _open_critic(config: CurateConfig, templates: Templates, rules: Rules, connect: Connect) -> Critic:
     match config.critic.kind:
         case "endpoint":
             return EndpointCritic(connect("critic", config.critic.endpoint), templates, rules,
@@ -74,7 +77,7 @@ def _open_critic(config: CurateConfig, templates: Templates, rules: Rules, conne
     return ShapesCrew(config.painter.side)
 
 
-def _open_painter(config: CurateConfig, templates: Templates, connect: Any) -> Painter | None:
+def _open_painter(config: CurateConfig, templates: Templates, connect: Connect) -> Painter | None:
     match config.painter.kind:
         case "endpoint":
             return EndpointPainter(connect("painter", config.painter.endpoint), templates,
@@ -86,7 +89,7 @@ def _open_painter(config: CurateConfig, templates: Templates, connect: Any) -> P
     return None
 
 
-def _open_sketcher(config: CurateConfig, templates: Templates, connect: Any) -> Sketcher | None:
+def _open_sketcher(config: CurateConfig, templates: Templates, connect: Connect) -> Sketcher | None:
     match config.sketcher.kind:
         case "endpoint":
             writer = config.sketcher.writer and connect("first_thoughts", config.sketcher.writer)

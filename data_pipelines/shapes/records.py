@@ -2,7 +2,8 @@
 
 A record is a list of turns. A user turn holds a string; an assistant turn holds a list of parts,
 texts or images (base64 PNG), each saying whether it carries loss and how an image is looked at.
-`*` marks what carries loss; a conditioning image enters as clean VAE latents and then ViT patches.
+`*` marks what carries loss; a conditioning image enters as clean VAE latents and then ViT patches. The learning
+modes are put together by `curation.compose`, from what renderer and detector give (`crew.py`).
 
     initial_thinking_understanding    system, prompt, image, question, think1*
     initial_thinking_generation       system, prompt, think1*
