@@ -18,7 +18,7 @@ Without any endpoint, the shapes world's renderer being the painter and its dete
         --out /tmp/shapes
 
 writes 3 records, one of each initial mode, in a second. With --config.sketcher.kind=folder and
---config.sketcher.folder=DIR, where `irg_jax.generate` drew the same prompts, it writes 6.
+--config.sketcher.folder=DIR, where `irg_jax.generate` drew the same prompts, it writes up to 6.
 """
 
 import ml_collections

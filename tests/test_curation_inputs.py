@@ -1,8 +1,10 @@
 """What curation starts from: prompts, folders of images, texts and first rounds, and the shapes world."""
 
+import io
 import json
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,9 +22,12 @@ from curation_cases import (
 )
 from data_pipelines.check import Wish, check
 from data_pipelines.config import DataConfig, GroupConfig, from_config_dict
+from data_pipelines.curation import material
 from data_pipelines.curation.cases import read_lines
 from data_pipelines.curation.config import CurateConfig
+from data_pipelines.curation.critics import show
 from data_pipelines.curation.curating import curate, prepare
+from data_pipelines.curation.material import Picture, Rejected
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
@@ -110,20 +115,22 @@ def records(out, mode):
 
 
 def test_broken_first_rounds_lose_the_improving_side_alone(tmp_path):
-    prompts = write_prompts(tmp_path / "in", 6)
-    first = write_first_rounds(tmp_path / "first", [f"prompt number {number}" for number in range(6)])
+    prompts = write_prompts(tmp_path / "in", 7)
+    first = write_first_rounds(tmp_path / "first", [f"prompt number {number}" for number in range(7)])
     (first / "0000" / "turn1.png").write_bytes(b"no image")
     (first / "0001" / "turn1.txt").write_bytes(b"\xff")
     (first / "0002" / "turn1.txt").write_text(" \n")
     (first / "0003" / "turn1.png").unlink()
     (first / "0003" / "turn1.png").symlink_to("/etc/hostname")
+    (first / "0005" / "turn1.txt").write_text("so " * 5000)
     (first / "0004" / "turn1.txt").unlink()
     (first / "0004" / "turn1.txt").mkdir()
     (first / ".0009.partial").mkdir()    # of a generation that was killed
     with Misbehaving(answer).running() as server:
         done = curated(make_config(server.url, prompts, first), tmp_path / "data")
-    assert done.rejections == {"broken_first_round": 4, "empty_first_thought": 1}
-    assert done.counts["initial_full"] == 6 and done.counts["improving_full"] == 1
+    assert done.rejections == {"broken_first_round": 4, "empty_first_thought": 1,
+                               "first_thought_too_long": 1}
+    assert done.counts["initial_full"] == 7 and done.counts["improving_full"] == 1
     assert {one["what"] for one in told(tmp_path / "data").values()} == {"improving"}
 
 
@@ -236,6 +243,21 @@ def test_large_images_are_shown_smaller_and_kept_as_they_are(tmp_path):
     assert shown == (50, 100, 3)
     kept = records(tmp_path / "data", "initial_full_learning")[0].parts[-1]
     assert kept.data == (tmp_path / "in" / "images" / "0.png").read_bytes()
+
+
+def test_what_is_sent_of_an_image(tmp_path, monkeypatch):
+    """Plain PNG goes as it is; transparency is laid over white first; readers' limits hold."""
+    plain, clear = encode(picture("plain")), io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(clear, "PNG")
+    (tmp_path / "plain.png").write_bytes(plain)
+    (tmp_path / "clear.png").write_bytes(clear.getvalue())
+    read = lambda name: Picture.read(tmp_path / name, (tmp_path / name).read_bytes())
+    assert show(read("plain.png"), 32) == plain and show(read("plain.png"), 16).shape == (16, 16, 3)
+    assert (show(read("clear.png"), 32) == 255).all()
+    monkeypatch.setattr(material, "MAX_IMAGE_BYTES", len(plain) - 1)
+    with pytest.raises(Rejected) as rejected:
+        read("plain.png")
+    assert rejected.value.cause == "large_image"
 
 
 def shapes_inputs(folder, num):

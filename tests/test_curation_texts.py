@@ -236,6 +236,7 @@ def test_similarity_is_one_of_equals_and_falls_with_noise():
 
 @pytest.mark.parametrize("fields, told", [
     ({"min_thought_chars": 9000}, "min_thought_chars is 9000, above max_thought_chars"),
+    ({"max_reflection_chars": 10**6}, "max_reflection_chars is 1000000; it can be 64536 at most"),
     ({"min_similarity": 0.99}, "min_similarity is 0.99"), ({"min_quality": 11}, "min_quality is 11"),
     ({"forbidden_in_thought": ("(",)}, "no regular expression"),
     ({"max_prompt_chars": 0}, "max_prompt_chars is 0"),

@@ -19,13 +19,11 @@ from typing import Any, NamedTuple
 
 from data_pipelines.config import nearest
 from data_pipelines.curation.filters import Rules, Seen, check_prompt, check_side, check_unicode, fingerprint
-from data_pipelines.curation.material import Case, Picture, Rejected, Rejection
+from data_pipelines.curation.material import MAX_IMAGE_BYTES, Case, Picture, Rejected, Rejection
 from data_pipelines.jobs import default_workers
 from data_pipelines.lines import Folder
-from data_pipelines.records import Limits
 
 FIELDS = ("prompt", "id", "image", "licence", "source", "request")
-MAX_IMAGE_BYTES = Limits().max_image_bytes
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 

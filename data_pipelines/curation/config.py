@@ -6,6 +6,9 @@ from typing import Literal
 
 from data_pipelines.curation.compose import MODES
 from data_pipelines.endpoints import EndpointConfig
+from data_pipelines.records import Limits
+
+MAX_CHARS = Limits().max_text_chars - 1000    # readers refuse longer texts, tags and headings included
 
 
 def _require(config: object, name: str, *, when: bool) -> None:
@@ -107,7 +110,8 @@ class FilterConfig:
         for name in ("max_prompt_chars", "max_thought_chars", "max_reflection_chars"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name, limit in (("min_quality", 10), ("near_bits", 63)):
+        limits = dict.fromkeys(("max_prompt_chars", "max_thought_chars", "max_reflection_chars"), MAX_CHARS)
+        for name, limit in (limits | {"min_quality": 10, "near_bits": 63}).items():
             if getattr(self, name) > limit:
                 raise ValueError(f"{name} is {getattr(self, name)}; it can be {limit} at most")
         for pattern in (*self.forbidden_in_thought, *self.forbidden_in_reflection):

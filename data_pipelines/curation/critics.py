@@ -112,9 +112,10 @@ class FolderCritic:
 
 
 def show(image: Picture, max_side: int) -> np.ndarray | bytes:
-    """What is sent of an image: a PNG of no more than `max_side` as it is, for encoding takes longest."""
+    """What is sent of an image: a plain PNG of no more than `max_side` as it is, for encoding takes longest."""
     data = image.data
-    if data.startswith(b"\x89PNG") and max(image_size(data, where="", max_pixels=MAX_PIXELS)) <= max_side:
+    is_plain = data.startswith(b"\x89PNG") and data[24:26] == b"\x08\x02"    # RGB of 8 bits each
+    if is_plain and max(image_size(data, where="", max_pixels=MAX_PIXELS)) <= max_side:
         return data
     return shrink(image.pixels, max_side)
 

@@ -14,6 +14,7 @@ from data_pipelines.curation.compose import IMPROVING, INITIAL, compose
 from data_pipelines.curation.critics import Critic
 from data_pipelines.curation.filters import (
     Rules,
+    check_length,
     check_quality,
     check_side,
     check_similarity,
@@ -127,10 +128,11 @@ def _reject(case: Case, what: str, fault: Rejected | Declined) -> Rejection:
 
 
 def _sketch(case: Case, crew: Crew, plan: Plan) -> Round:
-    first = crew.sketcher.sketch(case)
-    _refuse(check_unicode(first.thought))
-    if plan.rules.config.min_side:
-        _refuse(check_side(first.image.pixels, plan.rules.config))
+    first, config = crew.sketcher.sketch(case), plan.rules.config
+    _refuse(check_unicode(first.thought)
+            or check_length(first.thought, "first_thought", 1, config.max_thought_chars))
+    if config.min_side:
+        _refuse(check_side(first.image.pixels, config))
     return first
 
 

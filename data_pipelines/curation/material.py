@@ -10,8 +10,10 @@ import numpy as np
 
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
+from data_pipelines.records import Limits
 
 MAX_PIXELS = 2**26   # of any picture
+MAX_IMAGE_BYTES = Limits().max_image_bytes
 
 
 class Rejected(Exception):
@@ -37,7 +39,9 @@ class Picture:
 
     @classmethod
     def read(cls, path: pathlib.Path, data: bytes) -> "Picture":
-        """Of a file and what was read from it. Raises: Rejected if no image decodes."""
+        """Of a file and what was read from it. Raises: Rejected if none decodes, or readers would refuse it."""
+        if len(data) > MAX_IMAGE_BYTES:
+            raise Rejected("large_image", f"{path}: {len(data)} bytes")
         try:
             decode_image(data, where=str(path), max_pixels=MAX_PIXELS)
         except ValueError as error:

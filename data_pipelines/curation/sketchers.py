@@ -5,8 +5,8 @@ import pathlib
 import re
 from typing import Any, Protocol
 
-from data_pipelines.curation.cases import MAX_IMAGE_BYTES, read_picture
-from data_pipelines.curation.material import Case, Picture, Rejected, Round
+from data_pipelines.curation.cases import read_picture
+from data_pipelines.curation.material import MAX_IMAGE_BYTES, Case, Picture, Rejected, Round
 from data_pipelines.endpoints import Endpoint, said
 from data_pipelines.lines import Folder
 
