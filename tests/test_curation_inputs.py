@@ -148,18 +148,21 @@ def test_a_folder_that_is_none_of_generate_is_told(text, sentence, tmp_path):
 
 def test_folders_alone_make_all_six_modes(tmp_path):
     """Images and texts that somebody has made already: nothing is asked, and bytes stay bytes."""
-    prompts = write_prompts(tmp_path / "in", 4)
-    names = [f"prompt number {number}" for number in range(4)]
+    prompts = write_prompts(tmp_path / "in", 7)
+    names = [f"prompt number {number}" for number in range(7)]
     first = write_first_rounds(tmp_path / "first", names)
     images, texts = tmp_path / "images", tmp_path / "texts"
     images.mkdir(), texts.mkdir()
     Image.fromarray(picture("p000", side=40)).save(images / "p000.jpg", quality=90)
     Image.fromarray(picture("p001", side=40)).save(images / "p001.webp")
-    Image.fromarray(picture("p002", side=40)).save(images / "p002.png")
-    for number in range(4):
-        (texts / f"p00{number}.thought.txt").write_text(thought(names[number]) + "\n")
-        (texts / f"p00{number}.quality.txt").write_text("9\n")
-        (texts / f"p00{number}.reflection.txt").write_text(reflection(names[number]) if number else "none")
+    for number in range(2, 6):
+        Image.fromarray(picture(f"p00{number}", side=40)).save(images / f"p00{number}.png")
+    for number, name in enumerate(names):
+        told = thought(f"{name}. The image shows it" if number == 3 else name)
+        (texts / f"p00{number}.thought.txt").write_text(told + "\n")
+        (texts / f"p00{number}.quality.txt").write_text("good" if number == 5 else "9\n")
+        told = "none" if number == 0 else reflection(f"{name}, as in image 2" if number == 4 else name)
+        (texts / f"p00{number}.reflection.txt").write_text(told + "\n")
     config = from_config_dict(CurateConfig, {
         "prompts": str(prompts), "licence": "CC0-1.0", "filters": {"min_side": 16, "min_quality": 8.5},
         "painter": {"kind": "folder", "folder": str(images)},
@@ -168,9 +171,10 @@ def test_folders_alone_make_all_six_modes(tmp_path):
     draft = prepare(config, out=tmp_path / "data")
     assert draft.expenses == []
     done = curate(draft, out=tmp_path / "data")
-    assert done.rejections == {"no_image": 1, "reflection_unreadable": 1}
-    assert done.cases == {"read": 4, "whole": 2, "partly": 1, "rejected": 1}
-    jpeg, webp, _ = records(tmp_path / "data" / "train", "initial_full")
+    assert done.rejections == {"no_image": 1, "reflection_unreadable": 1, "thought_mentions_image": 1,
+                               "reflection_mentions_image": 1, "score_unreadable": 1}
+    assert done.cases == {"read": 7, "whole": 2, "partly": 3, "rejected": 2}
+    jpeg, webp, *_ = records(tmp_path / "data" / "train", "initial_full")
     assert jpeg.parts[-1].data == (images / "p000.jpg").read_bytes()
     assert webp.parts[-1].data == (images / "p001.webp").read_bytes()
     assert not curated(config, tmp_path / "data").written

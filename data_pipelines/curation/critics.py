@@ -101,10 +101,10 @@ class FolderCritic:
 
     def rate(self, case: Case, image: Picture) -> float:
         """Raises: as `think`."""
-        return self._read(case, "quality", read_score)
+        return self._read(case, "score", read_score, name=f"{case.id}.quality.txt")
 
-    def _read(self, case: Case, what: str, read: Callable[[str], T]) -> T:
-        name = f"{case.id}.{what}.txt"
+    def _read(self, case: Case, what: str, read: Callable[[str], T], *, name: str = "") -> T:
+        name = name or f"{case.id}.{what}.txt"
         try:
             return read(self._folder.read(name, where=name, limit=MAX_TEXT_BYTES).decode("utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
