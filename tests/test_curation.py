@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,22 @@ def test_parts_come_from_where_they_should(curated, inputs):
     assert parts[2]["content"].count("### ") == 3
     pair = parse_conversation(json.dumps(rows(out, "initial_full")[NUM + 1]), mode="", place="")
     assert pair.parts[-1].data == (inputs[0].parent / "images" / "1.png").read_bytes()
+
+
+def test_the_critic_sees_prompt_plan_and_both_images_in_order(curated):
+    *_, server = curated
+    asked = [body for body in server.bodies.values() if len(images_of(body)) == 2]
+    for body in asked:
+        prompt = re.search(r"prompt number \d+", texts_of(body))[0]
+        first, better = images_of(body)
+        np.testing.assert_array_equal(first, picture(f"first {prompt}"))
+        np.testing.assert_array_equal(better, picture(f"better {prompt}"))
+        assert f"<think>First, {prompt}.</think>" in texts_of(body)
+    assert len(asked) == NUM_DRAWN
+    shown = [image for body in server.bodies.values() if len(images_of(body)) == 1 for image in images_of(body)]
+    known = [picture(f"better prompt number {n}") for n in range(NUM)] + [
+        picture(f"images/{n}.png") for n in range(NUM_PAIRS)]
+    assert sorted(image.tobytes() for image in shown) == sorted(image.tobytes() for image in known)
 
 
 def test_licence_and_provenance(curated):

@@ -78,7 +78,7 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
     Raises: EndpointError, BudgetSpent; ValueError if `out` holds anything else, if another process curates into
         it, or if nothing at all was taken.
     """
-    out, config = pathlib.Path(out), draft.config
+    out = pathlib.Path(out)
     if is_built(out, draft.wanted, overwrite=overwrite):
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         causes = {cause: one["count"] for cause, one in manifest["rejections"].items()}
