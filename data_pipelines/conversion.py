@@ -6,8 +6,6 @@ what it holds is noted beside it; a later run reads it once, compares its digest
 appears in DIR before everything is written and every record was found to be good.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -31,7 +29,7 @@ from data_pipelines.inspection import (
 )
 from data_pipelines.jobs import default_workers, run_jobs, show_progress
 from data_pipelines.layout import Group, find_groups
-from data_pipelines.manifests import is_built, list_files, partial_folder, publish
+from data_pipelines.manifests import alone, is_built, list_files, partial_folder, publish
 from data_pipelines.samples import Cost
 from data_pipelines.sources import COLUMNS, RowGroup, list_row_groups, read_row, read_row_group
 from data_pipelines.stored_costs import ITEM, describe_costs, save_costs
@@ -86,7 +84,7 @@ def convert(source: str | pathlib.Path, *, out: str | pathlib.Path, config: Data
     if is_built(out, wanted, overwrite=overwrite):
         shutil.rmtree(progress, ignore_errors=True)
         return False
-    with _alone(progress, out):
+    with alone(progress, out):
         if not _is_begun(progress, wanted):
             _clear(partial)
             _clear(progress)
@@ -225,20 +223,6 @@ def _describe(groups: Sequence[Group], rows: Mapping[str, Sequence[RowGroup]], c
 def _progress_folder(out: pathlib.Path) -> pathlib.Path:
     """What finished shards hold, and the plan they belong to; removed when the data set has its name."""
     return out.with_name(f".{out.name}.progress")
-
-
-@contextlib.contextmanager
-def _alone(progress: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
-    """Raises: ValueError if another process is writing the same data set."""
-    progress.mkdir(parents=True, exist_ok=True)
-    folder = os.open(progress, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-        yield
-    except BlockingIOError as error:
-        raise ValueError(f"another build is writing {str(out)!r}; wait until it has ended") from error
-    finally:
-        os.close(folder)
 
 
 def _clear(folder: pathlib.Path) -> None:

@@ -6,6 +6,7 @@
 An endpoint is slow, refuses, breaks off or answers nonsense, and each of these is something else:
 
     no answer, 408, 409, 425, 429, 5xx, or not what an API sends    sent again, after a growing pause
+    another status, for what this one request says                  `Declined`: this one has no answer
     another status                                                  ends the command with what it said
     an answer that `parse` refuses                                  asked again, then left without a value
 
@@ -40,6 +41,7 @@ from data_pipelines.images import decode_image, read_image
 
 S, T = TypeVar("S"), TypeVar("T")
 AGAIN = {408, 409, 425, 429}    # and 5xx
+DECLINES = {"content_policy_violation", "moderation_blocked", "content_filter"}    # codes of errors
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0    # seconds
 MAX_ANSWER = 64 * 2**20         # bytes; an image of 4096 x 4096 as base64 fits
 MAX_PIXELS = 2**24
@@ -52,6 +54,10 @@ Read = Callable[[Any], tuple[dict[str, Any], bytes | None]]
 
 class EndpointError(ValueError):
     """An endpoint refuses, or gives no usable answer however often it is asked."""
+
+
+class Declined(EndpointError):
+    """An endpoint will not answer this one request for what it says; others it may."""
 
 
 class BudgetSpent(ValueError):
@@ -123,6 +129,13 @@ class Reply(NamedTuple, Generic[T]):
     texts: tuple[str, ...]
 
 
+class Drawn(NamedTuple):
+    """A PNG, and the `revised_prompt` that came with it: of `irg_jax.serve` what the model thought before."""
+
+    file: pathlib.Path
+    told: str
+
+
 class Endpoint:
     """Safe to use from many threads."""
 
@@ -132,6 +145,7 @@ class Endpoint:
         Raises: ValueError if the environment lacks the key.
         """
         self.config, self.usage = config, Usage()
+        self.served: set[str] = set()    # what models called themselves, as far as they told
         self._client = httpx2.Client(
             base_url=config.url.rstrip("/") + "/", headers=_authorization(config.key),
             timeout=httpx2.Timeout(config.timeout, pool=None),
@@ -152,7 +166,7 @@ class Endpoint:
     def ask(self, messages: Sequence[Mapping[str, Any]], *, parse: Callable[[str], T]) -> Reply[T]:
         """One question. `parse` raises ValueError for an answer it cannot read.
 
-        Raises: EndpointError, BudgetSpent.
+        Raises: EndpointError, of which Declined is one, and BudgetSpent.
         """
         texts = []
         for number in range(self.config.asks):
@@ -169,9 +183,13 @@ class Endpoint:
 
     def draw(self, prompt: str, *, size: str = "1024x1024") -> np.ndarray:
         """An image uint8 [H, W, 3] for a prompt. Raises: as `ask`."""
+        return read_image(self.draw_file(prompt, size=size).file)
+
+    def draw_file(self, prompt: str, *, size: str = "1024x1024") -> Drawn:
+        """As `draw`, the image as it is kept in the folder, and what came with it."""
         body = {"model": self.config.model, "prompt": prompt, "n": 1, "size": size, **self.config.options}
         kept = self._answer("images/generations", body, _read_image)
-        return read_image(self._folder / kept["content"])
+        return Drawn(self._folder / kept["content"], str(kept.get("told", "")))
 
     def _answer(self, path: str, body: dict[str, Any], read: Read) -> dict[str, Any]:
         """What the folder keeps of a request; it is sent if that is nothing yet."""
@@ -208,7 +226,8 @@ class Endpoint:
                     return read(json.loads(raw))
                 fault = f"status {status}: {_shorten(raw)}"
                 if status not in AGAIN and status < 500:
-                    raise EndpointError(f"{self._client.base_url}{path} refuses, {fault}")
+                    kind = Declined if _is_declined(raw) else EndpointError
+                    raise kind(f"{self._client.base_url}{path} refuses, {fault}")
                 wait = _seconds(headers.get("retry-after", ""))
             except UNUSABLE as error:
                 fault = f"{type(error).__name__}: {_shorten(str(error).encode())}"
@@ -239,18 +258,20 @@ class Endpoint:
                               "all answers are kept, and the same command with a larger budget goes on")
 
     def _add(self, kept: Mapping[str, Any]) -> None:
+        self.served |= {kept["model"]} - {""}
         self.usage.tokens_in += kept["tokens_in"]
         self.usage.tokens_out += kept["tokens_out"]
         self.usage.cost += self.config.cost(tokens_in=kept["tokens_in"], tokens_out=kept["tokens_out"],
                                             images=kept["images"])
 
 
-def said(text: str, *, role: str = "user", images: Sequence[np.ndarray] = ()) -> dict[str, Any]:
-    """A message; images uint8 [H, W, 3] follow the text, as PNG."""
+def said(text: str, *, role: str = "user", images: Sequence[np.ndarray | bytes] = ()) -> dict[str, Any]:
+    """A message; images, uint8 [H, W, 3] or PNG, follow the text."""
     if not images:
         return {"role": role, "content": text}
+    encoded = (image if isinstance(image, bytes) else encode(image) for image in images)
     parts = [{"type": "image_url", "image_url": {
-        "url": f"data:image/png;base64,{base64.b64encode(encode(image)).decode('ascii')}"}} for image in images]
+        "url": f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"}} for png in encoded]
     return {"role": role, "content": [{"type": "text", "text": text}, *parts]}
 
 
@@ -322,7 +343,18 @@ def _read_image(answer: Any) -> tuple[dict[str, Any], bytes]:
     except (LookupError, TypeError, ValueError) as error:
         told = _shorten(json.dumps(answer).encode())
         raise _Unusable(f"not an image as b64_json ({error}): {told}") from error
-    return {"images": 1, **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
+    told = answer["data"][0].get("revised_prompt")
+    return {"images": 1, "told": told if isinstance(told, str) else "",
+            **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
+
+
+def _is_declined(raw: bytes) -> bool:
+    """Whether an error is about the content of a request."""
+    try:
+        error = json.loads(raw)["error"]
+        return isinstance(error["code"], str) and error["code"] in DECLINES
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _describe(answer: dict[str, Any], name_in: str, name_out: str) -> dict[str, Any]:

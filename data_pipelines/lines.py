@@ -123,6 +123,10 @@ class Folder:
         except OSError as error:
             raise ValueError(f"{where}: not a readable file ({error.strerror})") from error
 
+    def path(self, path: str) -> pathlib.Path:
+        """Where a file lies that was read."""
+        return self._root / path
+
     def frames(self, path: str, *, where: str) -> list[str]:
         """Paths of the images in a folder of frames, frame 10 after frame 9.
 

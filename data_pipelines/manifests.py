@@ -1,9 +1,12 @@
 """A data set's folder is whole or absent: built beside its place, and named at the very end."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_pipelines.digests import MANIFEST, file_sha256
@@ -30,6 +33,23 @@ def list_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 def digest_files(folder: pathlib.Path) -> dict[str, str]:
     """sha256 of all files below a folder but the manifest."""
     return {name: file_sha256(file) for name, file in list_files(folder).items()}
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+    """Holds a folder beside `out`, made if it is not there, until the context or the process ends.
+
+    Raises: ValueError if another process is writing the same data set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        yield
+    except BlockingIOError as error:
+        raise ValueError(f"another build is writing {str(out)!r}; wait until it has ended") from error
+    finally:
+        os.close(opened)
 
 
 def is_built(out: pathlib.Path, wanted: Mapping[str, Any], *, overwrite: bool) -> bool:

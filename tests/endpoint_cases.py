@@ -95,6 +95,8 @@ class Misbehaving:
                 if fault.isdigit():
                     status, raw = int(fault), json.dumps({"error": {"message": f"told {fault}"}}).encode()
                     extra = {"Retry-After": "0"} if fault == "429" else {}
+                if fault == "declined":
+                    status, raw = 400, b'{"error": {"code": "moderation_blocked", "message": "told no"}}'
                 if fault == "slow":
                     time.sleep(SLOW)
                 cut = {"truncated": raw[:len(raw) // 2], "wrong": b'{"answer": 42}', "html": b"<html>",

@@ -111,12 +111,12 @@ def test_folders_that_are_not_ours_are_never_removed(tmp_path):
 
 
 def test_an_interrupted_build_leaves_no_data_set(tmp_path, monkeypatch):
-    good, calls = shapes.record, iter(range(10**6))
-    def record(*args, **kwargs):
+    good, calls = shapes.gather_one, iter(range(10**6))
+    def gather_one(*args, **kwargs):
         if next(calls) == 40:
             raise KeyboardInterrupt
         return good(*args, **kwargs)
-    monkeypatch.setattr(build_module.shapes, "record", record)
+    monkeypatch.setattr(build_module.shapes, "gather_one", gather_one)
     with pytest.raises(KeyboardInterrupt):
         build(CONFIG, out=tmp_path / "data")
     assert not (tmp_path / "data").exists()

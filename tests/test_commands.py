@@ -9,13 +9,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = {  # and a flag of its own
     "data_pipelines.build": "--source", "data_pipelines.check": "--write", "data_pipelines.show": "--config",
-    "data_pipelines.budget": "--tokens", "data_pipelines.staging": "--source",
+    "data_pipelines.curate": "--estimate", "data_pipelines.budget": "--tokens",
+    "data_pipelines.staging": "--source",
     "irg_jax.convert": "--source", "irg_jax.draft": "--num",
     "irg_jax.moments": "--checkpoint", "irg_jax.train": "--workdir", "irg_jax.generate": "--prompt",
     "irg_jax.evaluate": "--benchmark", "irg_jax.examine": "--num", "irg_jax.export": "--format",
     "irg_jax.infer": "--understanding_output", "irg_jax.report": "RUN", "irg_jax.make_base": "--out",
     "irg_jax.precompile": "--topology", "irg_jax.checkpoint": "--leaves", "irg_jax.serve": "--allowed_host",
 }
+CURATE = ["data_pipelines.curate", "--config", "configs/curate.py", "--out", "OUT"]
 TRAIN = ["irg_jax.train", "--workdir", "OUT", "--config", "configs/shapes_stage1.py"]
 
 
@@ -49,6 +51,12 @@ def test_help_lists_the_flags(command):
     ([*TRAIN, "--config.init_from=OUT/base"], "is no model checkpoint"),
     (["data_pipelines.build", "--config", "configs/shapes_data.py", "--out", "OUT",
       "--config.drafts=nowhere"], "nowhere holds no finished drafts"),
+    ([*CURATE, "--config.prompts=nowhere.txt"], "nowhere.txt: the prompts cannot be read"),
+    ([*CURATE, "--config.prompts=requirements.txt", "--config.licence="], "no licence is known"),
+    ([*CURATE, "--config.filters.min_sidde=3"], "'filters.min_sidde'; did you mean 'min_side'?"),
+    ([*CURATE, "--config.prompts=requirements.txt", "--config.templates=configs"], "configs/system_prompt.txt"),
+    ([*CURATE, "--config.prompts=requirements.txt", "--config.painter.endpoint.key="],
+     "first rounds: 'first_rounds' is no folder"),
     (["irg_jax.generate", "--config", "configs/shapes_generate.py", "--checkpoint", "OUT", "--out", "OUT",
       "--prompt", " "], "--prompt is empty"),
     (["irg_jax.evaluate", "--benchmark", "wise", "--data", "OUT", "--out", "OUT"], "out' is no folder; wise"),

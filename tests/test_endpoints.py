@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines import endpoints
-from data_pipelines.endpoints import BudgetSpent, Endpoint, EndpointConfig, EndpointError, in_parallel, said
+from data_pipelines.endpoints import (
+    BudgetSpent,
+    Declined,
+    Endpoint,
+    EndpointConfig,
+    EndpointError,
+    in_parallel,
+    said,
+)
 from endpoint_cases import FAULTS, Misbehaving, images_of, texts_of
 
 
@@ -42,6 +50,22 @@ def test_a_refusal_ends_it_at_once(status, tmp_path):
         with pytest.raises(EndpointError, match=f"chat/completions refuses, status {status}.*told {status}"):
             connect(server, tmp_path).ask([said("a")], parse=str)
         assert sum(server.tries.values()) == 1
+
+
+def test_what_is_declined_for_its_content_concerns_one_request_alone(tmp_path):
+    pick = lambda key, number: "declined" if "forbidden" in texts_of(server.bodies[key]) else ""
+    server = Misbehaving(echo, pick)
+    with server.running():
+        endpoint = connect(server, tmp_path)
+        with pytest.raises(Declined, match="status 400.*told no"):
+            endpoint.ask([said("forbidden")], parse=str)
+        assert endpoint.ask([said("a")], parse=str).value == "heard a" and sum(server.tries.values()) == 2
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b'{"error": "no"}', b'{"error": {"code": ["content_filter"]}}',
+                                 b'{"error": {"code": "invalid_size"}}', b"[" * 100_000])
+def test_other_errors_decline_nothing(raw):
+    assert not endpoints._is_declined(raw)
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path):
@@ -112,7 +136,8 @@ def test_images_go_and_come(tmp_path):
         return str([image.tolist() for image in images_of(body)] == [picture.tolist()] * 2)
     with Misbehaving(answer).running() as server:
         endpoint = connect(server, tmp_path, price_image=3.0)
-        assert endpoint.ask([said("equal?", images=[picture, picture])], parse=str).value == "True"
+        images = [picture, endpoints.encode(picture)]    # as pixels or as PNG
+        assert endpoint.ask([said("equal?", images=images)], parse=str).value == "True"
         for _ in range(2):
             np.testing.assert_array_equal(endpoint.draw("a cat"), picture)
         assert endpoint.usage.sent == 2 and endpoint.usage.cost == 3.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.shapes import language, records
+from data_pipelines.shapes import crew, language, records
 from data_pipelines.shapes.detect import detect, detect_background
 from data_pipelines.shapes.records import BASE_MODES, MODES, generator, heldout_prompts, record
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
@@ -114,7 +114,8 @@ def drawn_scenes(monkeypatch):
         scenes.append(scene)
         return np.zeros((side, side, 3), np.uint8)
 
-    monkeypatch.setattr(records, "render", note)
+    for module in (records, crew):    # what the base drew, and what the painter paints
+        monkeypatch.setattr(module, "render", note)
     return scenes
 
 

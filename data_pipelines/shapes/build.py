@@ -1,10 +1,12 @@
 """Generates the shapes data set in the released record format.
 
-DIR/train/<mode>/0000.parquet ...   one column `conversation`, pages with checksums
+DIR/train/<mode>/0000.parquet ...   columns `conversation`, `id`, `licence`, `provenance`; pages with checksums
 DIR/prompts_heldout.jsonl           prompts that no training record shows
 DIR/manifest.json                   counts, configuration, versions, sha256 of every file
 
-The same configuration gives the same bytes.
+The learning modes are gathered, filtered, composed and written as `data_pipelines.curate` does it, with
+renderer and detector as painter and critic (`crew.py`); the base model's modes are only written. The same
+configuration gives the same bytes.
 """
 
 import dataclasses
@@ -19,15 +21,17 @@ from typing import Any
 import numpy as np
 import PIL
 import pyarrow
-import pyarrow.parquet
 from tqdm import tqdm
 
 from data_pipelines.config import BuildConfig
+from data_pipelines.curation.collecting import Collector
+from data_pipelines.curation.gathering import Gathered, tell
+from data_pipelines.curation.writing import Row
 from data_pipelines.digests import MANIFEST
 from data_pipelines.manifests import digest_files, is_built, partial_folder, publish
 from data_pipelines.shapes import records as shapes
+from data_pipelines.shapes.crew import LICENCE
 from data_pipelines.shapes.drafts import SeenDraft, describe_drafts, look_at, read_drafts
-from data_pipelines.sources import COLUMN
 
 PROMPTS = "prompts_heldout.jsonl"
 NUM_PROBED = 4  # records of each mode that tell whether the generator is still the same
@@ -57,13 +61,11 @@ def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = Fal
     seen = look_at(read_drafts(config.drafts)) if drafts else []
     if drafts and not seen:
         raise ValueError(f"{config.drafts}: every draft shows a held-out combination; draw more")
-    with tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress:
-        for mode, count in config.counts.items():
-            _write_mode(partial / "train" / mode, _conversations(mode, config, seen), count, config, progress)
+    collected = _write_modes(config, seen, partial)
     (partial / PROMPTS).write_text("".join(prompts), encoding="utf-8")
     versions = {"numpy": np.__version__, "pillow": PIL.__version__,
                 "pyarrow": pyarrow.__version__}
-    manifest = wanted | {"versions": versions, "files": digest_files(partial)}
+    manifest = wanted | collected | {"versions": versions, "files": digest_files(partial)}
     if drafts:
         manifest["drafts_used"] = len(seen)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -75,31 +77,39 @@ def _describe(config: BuildConfig, prompts: list[str]) -> dict[str, Any]:
     """What the data set is: its configuration, and a probe of what the generator makes of it."""
     probe = hashlib.sha256("".join(prompts).encode())
     for mode in config.counts:
-        for text in itertools.islice(_conversations(mode, config), NUM_PROBED):
-            probe.update(text.encode())
+        for one in itertools.islice(_gathered(mode, config), NUM_PROBED):
+            row = one if isinstance(one, Row) else tell(one, mode)
+            probe.update(json.dumps(row and row.conversation).encode())
     return {"source": "shapes", "format": "parquet", "config": dataclasses.asdict(config),
             "probe": probe.hexdigest()}
 
 
-def _write_mode(folder: pathlib.Path, conversations: Iterator[str], count: int, config: BuildConfig,
-                progress: tqdm) -> None:
-    folder.mkdir(parents=True)
-    schema = pyarrow.schema([(COLUMN, pyarrow.string())])
-    for number, start in enumerate(range(0, count, config.rows_per_file)):
-        path = folder / f"{number:04d}.parquet"
-        with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd",
-                                           write_page_checksum=True) as writer:
-            end = min(start + config.rows_per_file, count)
-            for row in range(start, end, config.rows_per_group):
-                size = min(config.rows_per_group, end - row)
-                rows = list(itertools.islice(conversations, size))
-                writer.write_table(pyarrow.table([rows], schema=schema))
-                progress.update(size)
+def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathlib.Path) -> dict[str, Any]:
+    """All records. Returns: their counts and what was not taken, for the manifest."""
+    folders = {mode: folder / "train" / mode for mode in config.counts}
+    with (Collector(folders, rows_per_file=config.rows_per_file,
+                    rows_per_group=config.rows_per_group) as collector,
+          tqdm(total=sum(config.counts.values()), unit="record", disable=None) as progress):
+        for mode, count in config.counts.items():
+            records = _gathered(mode, config, drafts)
+            while collector.counts[mode] < count:    # in place of one that is not taken comes the next
+                one = next(records)
+                if isinstance(one, Row):
+                    collector.add_row(mode, one)
+                else:
+                    collector.add(one)
+                progress.update()
+    collector.write_rejections(folder)
+    return collector.describe()
 
 
-def _conversations(mode: str, config: BuildConfig, drafts: Sequence[SeenDraft] = ()) -> Iterator[str]:
+def _gathered(mode: str, config: BuildConfig, drafts: Sequence[SeenDraft] = ()) -> Iterator[Gathered | Row]:
     """The mode's records without end; those that start from a draft take the drafts in turn."""
     for index in itertools.count():
-        rng = shapes.generator(config.seed, mode, index)
+        rng, id_ = shapes.generator(config.seed, mode, index), f"{mode}-{index:06d}"
         draft = drafts[index % len(drafts)] if drafts else None
-        yield json.dumps(shapes.record(mode, rng, split="train", side=config.side, draft=draft))
+        if mode in shapes.MODES:
+            yield shapes.gather_one(mode, rng, split="train", side=config.side, draft=draft, id_=id_)
+        else:
+            turns = shapes.record(mode, rng, split="train", side=config.side, draft=draft)
+            yield Row(turns, id_, LICENCE, {"prompt": shapes.SOURCE})

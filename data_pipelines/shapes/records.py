@@ -2,7 +2,8 @@
 
 A record is a list of turns. A user turn holds a string; an assistant turn holds a list of parts,
 texts or images (base64 PNG), each saying whether it carries loss and how an image is looked at.
-`*` marks what carries loss; a conditioning image enters as clean VAE latents and then ViT patches.
+`*` marks what carries loss; a conditioning image enters as clean VAE latents and then ViT patches. The learning
+modes are put together by `curation.compose`, from what renderer and detector give (`crew.py`).
 
     initial_thinking_understanding    system, prompt, image, question, think1*
     initial_thinking_generation       system, prompt, think1*
@@ -27,18 +28,20 @@ texts or images (base64 PNG), each saying whether it carries loss and how an ima
     rephrasing                        prompt, question, the same in plain words*; half in other words
 """
 
-import base64
 import dataclasses
+import functools
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from data_pipelines.curation.compose import INITIAL, MODES, Turn, assistant, image_part, text, user
+from data_pipelines.curation.gathering import Crew, Gathered, Plan, gather, tell
+from data_pipelines.curation.material import Picture, Round
 from data_pipelines.shapes import language, reflections
+from data_pipelines.shapes.crew import LICENCE, RULES, WORDS, ShapesCase, ShapesCrew
 from data_pipelines.shapes.drafts import Draft, SeenDraft
 from data_pipelines.shapes.edits import Edit, edit_draft, make_edit
 from data_pipelines.shapes.flaws import Flaw, make_flawed
@@ -49,23 +52,14 @@ from data_pipelines.shapes.sample import pick, sample_medley, sample_request, sa
 from data_pipelines.shapes.scene import CATEGORIES, Request, Scene
 from data_pipelines.shapes.sketch import sketch
 
-MODES = (
-    "initial_thinking_understanding",
-    "initial_thinking_generation",
-    "initial_full",
-    "improving_thinking_understanding",
-    "improving_thinking_generation",
-    "improving_full",
-)
 BASE_MODES = ("text_to_image", "understanding", "description", "editing", "captioned", "captioning", "reading",
               "naming", "mending", "medley", "verifying", "reviewing", "comparing", "rephrasing")
 
 # A model that only ever saw flaws would find one in every picture and spoil the good ones.
 FLAWLESS_SHARE = 0.25
+SOURCE = {"file": "shapes"}   # of prompts
 # Of the pictures that the base is shown: drawn crookedly, as it draws itself.
 SKETCHED_SHARE = 0.5
-
-Turn = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,21 +85,39 @@ def record(
     """
     if mode not in MODES + BASE_MODES:
         raise ValueError(f"mode is {mode!r}: choose one of {', '.join(MODES + BASE_MODES)}")
-    if mode in ("mending", "reviewing") or mode.startswith("improving"):
+    if mode in MODES:
+        row = tell(gather_one(mode, rng, split=split, side=side, draft=draft), mode)
+        assert row, "the miniature's own texts pass its filters"
+        return row.conversation
+    if mode in ("mending", "reviewing"):
         draft = draft or _flawed_draft(rng, split, side)
-        match mode:
-            case "mending":
-                return _mending_turns(rng, draft, side)
-            case "reviewing":
-                return _reviewed_turns(rng, draft, side)
-        return _improving_turns(mode, rng, draft, side)
-    story = _sample_story(rng, split)
-    if mode in BASE_MODES:
-        return _base_record(mode, rng, story, split, side)
-    return [*_opening(story.prompt), *_initial_turns(mode, rng, story, side)]
+        return (_mending_turns if mode == "mending" else _reviewed_turns)(rng, draft, side)
+    return _base_record(mode, rng, _sample_story(rng, split), split, side)
 
 
-def generator(seed: int, mode: str, index: int) -> np.random.Generator:
+def gather_one(mode: str, rng: np.random.Generator, *, split: str, side: int, draft: SeenDraft | None = None,
+               id_: str = "") -> Gathered:
+    """What a record of a learning mode is told from, made as `data_pipelines.curate` makes it."""
+    if mode in INITIAL:
+        story = _sample_story(rng, split)
+        case = ShapesCase(id_, story.prompt, LICENCE, SOURCE, rng=rng, right=story.right)
+    else:
+        drawn = draft or _flawed_draft(rng, split, side)
+        mended = repair_draft(drawn)
+        first = Round(drawn.draft.thought, Picture.drawn(drawn.draft.image),
+                      {"by": "irg_jax.draft" if draft else "shapes renderer"})
+        case = ShapesCase(id_, drawn.draft.prompt, LICENCE, SOURCE, request=drawn.draft.request, rng=rng,
+                          right=mended.right, first=first, mended=mended)
+    return gather(case, crew=_crew(side), plan=Plan((mode,), WORDS, RULES))
+
+
+@functools.cache
+def _crew(side: int) -> Crew:
+    one = ShapesCrew(side)
+    return Crew(critic=one, painter=one, sketcher=one)
+
+
+def generator(seed: int, mode: str, index: int | str) -> np.random.Generator:
     """The random numbers of record `index` of a mode: the same on every machine, in any order."""
     digest = hashlib.sha256(f"shapes/{seed}/{mode}/{index}".encode()).digest()
     return np.random.default_rng(np.random.SeedSequence(int.from_bytes(digest[:16], "big")))
@@ -152,51 +164,18 @@ def _flawed_draft(rng: np.random.Generator, split: str, side: int) -> SeenDraft:
     return SeenDraft(draft, story.flawed.things, story.flawed.background)
 
 
-def _opening(prompt: str) -> list[Turn]:
-    return [_user(language.SYSTEM_PROMPT), _user(prompt)]
-
-
-def _initial_turns(mode: str, rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
-    thought = _text(language.think(rng, story.right))
-    match mode:
-        case "initial_thinking_understanding":
-            return [_assistant(_seen(story.right, side)), _user(language.HOW_TO_THINK),
-                    _assistant(thought)]
-        case "initial_thinking_generation":
-            return [_assistant(thought)]
-        case "initial_full":
-            return [_assistant(thought, _drawn(story.right, side))]
-    raise AssertionError(mode)
-
-
-def _improving_turns(mode: str, rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
-    draft, repaired = seen.draft, repair_draft(seen)
-    thought = _text(draft.thought, need_loss=False)
-    reflection = _text(reflections.reflect(rng, draft.request, repaired))
-    first, opening = _seen(repaired.draft, side, draft.image), _opening(draft.prompt)
-    match mode:
-        case "improving_thinking_understanding":
-            return [*opening, _assistant(first, _seen(repaired.right, side)),
-                    _user(language.HOW_TO_IMPROVE), _assistant(reflection)]
-        case "improving_thinking_generation":
-            return [*opening, _assistant(thought, first, reflection)]
-        case "improving_full":
-            return [*opening, _assistant(thought, first, reflection, _drawn(repaired.right, side))]
-    raise AssertionError(mode)
-
-
 def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, side: int) -> list[Turn]:
     match mode:
         case "text_to_image":
-            return [_user(story.prompt), _assistant(_drawn(story.right, side))]
+            return [user(story.prompt), assistant(_drawn(story.right, side))]
         case "understanding":
             asked = language.questions(rng, story.flawed, NUM_QUESTIONS)
             image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
-            return [_assistant(image), *_answered(asked)]
+            return [assistant(image), *_answered(asked)]
         case "description":
-            thought = _text(language.think(rng, story.right))
-            return [_user(language.SYSTEM_PROMPT), _user(story.prompt),
-                    _assistant(thought, _drawn(story.right, side))]
+            thought = text(language.think(rng, story.right))
+            return [user(language.SYSTEM_PROMPT), user(story.prompt),
+                    assistant(thought, _drawn(story.right, side))]
         case "editing":
             return _edit_turns(rng, story, side)
         case "captioned":
@@ -205,24 +184,24 @@ def _base_record(mode: str, rng: np.random.Generator, story: Story, split: str, 
             return _captioned_turns(rng, sample_medley(rng), side)
         case "captioning":
             image = _image(story.flawed, side, shown(rng, story.flawed, side), need_vit=True)
-            return [_assistant(image), _user(language.WHAT_IS_WHERE),
-                    _assistant(_text(language.caption(None, story.flawed)))]
+            return [assistant(image), user(language.WHAT_IS_WHERE),
+                    assistant(text(language.caption(None, story.flawed)))]
         case "reading":
             told, asked = read_caption(rng, story.right)
-            return [_user(told), *_answered(asked)]
+            return [user(told), *_answered(asked)]
         case "verifying" | "comparing":
             return _compared_turns(mode, rng, story, split, side)
         case "rephrasing":
             asked, plain = vary(rng, (story.prompt, language.plainly(story.request)))
-            return [_user(asked), _user(language.SAY_PLAINLY), _assistant(_text(plain))]
+            return [user(asked), user(language.SAY_PLAINLY), assistant(text(plain))]
         case "naming":
             prompt, thought = name_things(rng, story.prompt, story.right)
-            return [_user(language.SYSTEM_PROMPT), _user(prompt), _assistant(_text(thought))]
+            return [user(language.SYSTEM_PROMPT), user(prompt), assistant(text(thought))]
     raise AssertionError(mode)
 
 
 def _captioned_turns(rng: np.random.Generator, scene: Scene, side: int) -> list[Turn]:
-    return [_user(language.caption(rng, scene)), _assistant(_drawn(scene, side))]
+    return [user(language.caption(rng, scene)), assistant(_drawn(scene, side))]
 
 
 def _compared_turns(mode: str, rng: np.random.Generator, story: Story, split: str, side: int) -> list[Turn]:
@@ -234,7 +213,7 @@ def _compared_turns(mode: str, rng: np.random.Generator, story: Story, split: st
     if mode == "verifying":
         return _verified_turns(scene, shown(rng, scene, side), side, doubt)
     told, question, answer = vary(rng, (language.caption(rng, scene), *doubt))
-    return [_user(told), *_answered([(question, answer)])]
+    return [user(told), *_answered([(question, answer)])]
 
 
 def _reviewed_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list[Turn]:
@@ -244,7 +223,7 @@ def _reviewed_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> lis
 
 
 def _verified_turns(scene: Scene, picture: np.ndarray, side: int, doubt: tuple[str, str]) -> list[Turn]:
-    return [_assistant(_image(scene, side, picture, need_vit=True)), *_answered([doubt])]
+    return [assistant(_image(scene, side, picture, need_vit=True)), *_answered([doubt])]
 
 
 def _edit_turns(rng: np.random.Generator, story: Story, side: int) -> list[Turn]:
@@ -262,8 +241,8 @@ def _mending_turns(rng: np.random.Generator, seen: SeenDraft, side: int) -> list
 
 def _tell(edit: Edit, picture: np.ndarray, side: int) -> list[Turn]:
     unchanged = picture if edit.right == edit.first else None
-    return [*map(_user, edit.said), _assistant(_seen(edit.first, side, picture)), _user(edit.instruction),
-            _assistant(_drawn(edit.right, side, unchanged))]
+    return [*map(user, edit.said), assistant(_seen(edit.first, side, picture)), user(edit.instruction),
+            assistant(_drawn(edit.right, side, unchanged))]
 
 
 def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
@@ -273,19 +252,7 @@ def shown(rng: np.random.Generator, scene: Scene, side: int) -> np.ndarray:
 
 
 def _answered(asked: Sequence[tuple[str, str]]) -> list[Turn]:
-    return [turn for question, answer in asked for turn in (_user(question), _assistant(_text(answer)))]
-
-
-def _user(content: str) -> Turn:
-    return {"role": "user", "content": content}
-
-
-def _assistant(*parts: dict[str, Any]) -> Turn:
-    return {"role": "assistant", "content": list(parts)}
-
-
-def _text(content: str, *, need_loss: bool = True) -> dict[str, Any]:
-    return {"type": "text", "content": content, "need_loss": need_loss}
+    return [turn for question, answer in asked for turn in (user(question), assistant(text(answer)))]
 
 
 def _seen(scene: Scene, side: int, picture: np.ndarray | None = None) -> dict[str, Any]:
@@ -300,8 +267,5 @@ def _drawn(scene: Scene, side: int, picture: np.ndarray | None = None) -> dict[s
 
 def _image(scene: Scene, side: int, picture: np.ndarray | None = None, *, need_loss: bool = False,
            need_vae: bool = False, need_vit: bool = False) -> dict[str, Any]:
-    file = io.BytesIO()
     pixels = render(scene, side=side) if picture is None else picture
-    Image.fromarray(pixels).save(file, format="PNG")
-    return {"type": "image", "content": base64.b64encode(file.getvalue()).decode("ascii"),
-            "need_loss": need_loss, "need_vae": need_vae, "need_vit": need_vit}
+    return image_part(Picture.drawn(pixels), need_loss=need_loss, need_vae=need_vae, need_vit=need_vit)
