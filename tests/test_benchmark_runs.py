@@ -203,14 +203,17 @@ def test_a_misbehaving_judge_gives_the_same_table(tmp_path):
 def test_what_no_answer_was_read_of_is_counted_and_left_out_of_both(tmp_path):
     job = fake_drawn("wise", tmp_path, 30)
     silent = lambda body: "no idea" if "hint 3\"" in texts_of(body) else wise_judge(body)
-    with Misbehaving(silent).running() as server:
+    decline = lambda key, number: "declined" if "hint 5\"" in texts_of(server.bodies[key]) else ""
+    server = Misbehaving(silent, decline)
+    with server.running():
         endpoint = judge_all(job, server)
         assert endpoint.usage.unparsed == 6
-    with pytest.raises(ValueError, match="no readable answer on 1 of 30 prompts, 3; more than"):
+    with pytest.raises(ValueError, match="no readable answer on 2 of 30 prompts, 3, 5; more than"):
         running.score(job, max_unanswered=0.01)
-    table = running.score(job, max_unanswered=0.04)
-    assert table["unanswered"] == {"turn1": ["3"], "turn2": ["3"]}
-    assert set(table["by_prompt"]["turn2"]) == {prompt.id for prompt in job.prompts} - {"3"}
+    table = running.score(job, max_unanswered=0.07)
+    assert table["unanswered"] == {"turn1": ["3", "5"], "turn2": ["3", "5"]}
+    assert set(table["by_prompt"]["turn2"]) == {prompt.id for prompt in job.prompts} - {"3", "5"}
+    assert "told no" in (job.results / "turn1" / "answers.jsonl").read_text()
 
 
 def test_tiif_is_asked_its_questions_once_a_prompt(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from data_pipelines.digests import write_json, write_text
-from data_pipelines.endpoints import Endpoint, EndpointConfig, Reply, in_parallel, said
+from data_pipelines.endpoints import Declined, Endpoint, EndpointConfig, Reply, encode, in_parallel, said
 from data_pipelines.images import read_image
 from irg_jax.evaluation.benchmarks import tiif, wise
 from irg_jax.evaluation.benchmarks.protocol import Prompt, Protocol
@@ -37,8 +37,8 @@ class Template(NamedTuple):
     def sha256(self) -> str:
         return hashlib.sha256(f"{self.system}\n---\n{self.user.template}".encode()).hexdigest()
 
-    def messages(self, values: Mapping[str, Any], images: Sequence[Any]) -> list[dict[str, Any]]:
-        """A system message, and the question with uint8 [H, W, 3] images."""
+    def messages(self, values: Mapping[str, Any], images: Sequence[bytes]) -> list[dict[str, Any]]:
+        """A system message, and the question with PNG images."""
         return [said(self.system, role="system"), said(self.user.substitute(values), images=images)]
 
 
@@ -105,16 +105,19 @@ def judge(protocol: Protocol, prompts: Sequence[Prompt], system: str, *, officia
     """Asks about every image of a system, and writes its marks as the official script would.
 
     RESULTS/<system>/judge.json says who was asked and how, unanswered.json which prompts got no mark, since no
-    answer parsed: they are counted, never guessed. answers.jsonl holds every answer.
+    answer parsed or the judge declines to look: they are counted, never guessed. answers.jsonl holds all answers.
 
     Raises: EndpointError, BudgetSpent; the answers so far are kept, and the same call goes on.
     """
     form, folder = FORMS[name_of(protocol)], results / system
 
     def ask(prompt: Prompt) -> Reply:
-        image = read_image(official / protocol.paths(prompt, system)[0])
-        return endpoint.ask(template.messages(form.values(prompt), [image]),
-                            parse=lambda text: form.parse(prompt, text))
+        image = (official / protocol.paths(prompt, system)[0]).read_bytes()    # as the official scripts send it
+        try:
+            return endpoint.ask(template.messages(form.values(prompt), [image]),
+                                parse=lambda text: form.parse(prompt, text))
+        except Declined as error:
+            return Reply(None, (str(error),))
 
     progress = tqdm(in_parallel(ask, prompts, [endpoint]), f"judge {system}", total=len(prompts), unit="image",
                     disable=None)
@@ -145,14 +148,17 @@ def prefer(pairs: Iterable[tuple[Prompt, pathlib.Path, pathlib.Path]], endpoint:
            ) -> list[float | None]:
     """How far the second image of each pair is preferred: 1, 0, or 0.5 if the judge prefers a place.
 
-    Each pair is shown in both orders. None where an answer did not parse.
+    Each pair is shown in both orders. None where an answer did not parse, or the judge declines to look.
     """
     def ask(pair: tuple[Prompt, pathlib.Path, pathlib.Path]) -> float | None:
         prompt, *paths = pair
-        images = [read_image(path) for path in paths]
+        images = [encode(read_image(path)) for path in paths]
         values = {"prompt": prompt.text}
-        replies = [endpoint.ask(template.messages(values, shown), parse=read_preference).value
-                   for shown in (images, images[::-1])]
+        try:
+            replies = [endpoint.ask(template.messages(values, shown), parse=read_preference).value
+                       for shown in (images, images[::-1])]
+        except Declined:
+            return None
         if None in replies:
             return None
         return ((replies[0] == "B") + (replies[1] == "A")) / 2
