@@ -105,7 +105,7 @@ def judge(protocol: Protocol, prompts: Sequence[Prompt], system: str, *, officia
     """Asks about every image of a system, and writes its marks as the official script would.
 
     RESULTS/<system>/judge.json says who was asked and how, unanswered.json which prompts got no mark, since no
-    answer parsed or the judge declines to look: they are counted, never guessed. answers.jsonl holds all answers.
+    answer parsed or the judge declines to look: they are counted, never guessed. answers.jsonl has all answers.
 
     Raises: EndpointError, BudgetSpent; the answers so far are kept, and the same call goes on.
     """
