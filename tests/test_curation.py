@@ -92,9 +92,14 @@ def test_the_estimate_is_what_is_sent(curated):
         sent["better images" if "prompt" in body else
              ("", "thoughts", "reflections")[len(images_of(body))]] += 1
     assert {one.what: one.requests for one in draft.expenses} == sent
-    texts = sum(len(texts_of(body).strip()) for body in server.bodies.values() if len(images_of(body)) == 1)
-    thoughts = next(one for one in draft.expenses if one.what == "thoughts")
-    assert thoughts.tokens_in == round(texts / 4) + sent["thoughts"] * 1300
+    length = lambda count: sum(len(texts_of(body).strip()) for body in server.bodies.values()
+                               if len(images_of(body)) == count)
+    thoughts, reflections = (next(one for one in draft.expenses if one.what == what)
+                             for what in ("thoughts", "reflections"))
+    assert thoughts.tokens_in == round(length(1) / 4) + sent["thoughts"] * 1300
+    first_thoughts = sum(len(f"<think>First, prompt number {n}.</think>") for n in range(NUM_DRAWN))
+    texts = (length(2) - first_thoughts) / 4 + 230 * NUM_DRAWN    # a thought is taken to have 230 tokens
+    assert reflections.tokens_in == round(texts) + sent["reflections"] * 2 * 1300
     assert thoughts.cost == pytest.approx(thoughts.tokens_in * 1e4 / 1e6 + thoughts.tokens_out * 1e5 / 1e6)
 
 

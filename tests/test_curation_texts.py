@@ -16,10 +16,9 @@ from data_pipelines.curation.filters import (
     Rules,
     Seen,
     check_template,
-    fingerprint,
     load_safety,
-    measure_similarity,
 )
+from data_pipelines.curation.looks import look_at, measure_similarity
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
 
 CONFIG = FilterConfig()
@@ -215,6 +214,7 @@ def test_fingerprints_outlive_resizing_and_light_and_tell_images_apart(key):
     pixels = picture(str(key), side=96)
     small = np.asarray(Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC))
     darker = (pixels * 0.7).astype(np.uint8)
+    fingerprint = lambda image: look_at(image).fingerprint
     one, other = fingerprint(pixels), fingerprint(picture(f"not {key}", side=96))
     assert max((one ^ fingerprint(changed)).bit_count() for changed in (small, darker)) <= CONFIG.near_bits
     assert (one ^ other).bit_count() > 2 * CONFIG.near_bits
@@ -224,13 +224,14 @@ def test_fingerprints_outlive_resizing_and_light_and_tell_images_apart(key):
 def test_similarity_is_one_of_equals_and_falls_with_noise():
     pixels = picture("a", side=80)
     noise = np.random.default_rng(0).normal(0, 1, pixels.shape)
-    found = [measure_similarity(pixels, np.clip(pixels + strength * noise, 0, 255).astype(np.uint8))
+    look = look_at(pixels)
+    found = [measure_similarity(look, look_at(np.clip(pixels + strength * noise, 0, 255).astype(np.uint8)))
              for strength in (0, 40, 120, 1000)]
     assert found[0] == 1.0 and found == sorted(found, reverse=True) and found[-1] < 0.5
-    assert measure_similarity(pixels, picture("a", side=64)) > 0.95    # of any sizes
+    assert measure_similarity(look, look_at(picture("a", side=64))) > 0.95    # of any sizes
     bounds = FilterConfig(min_similarity=0.2, max_similarity=0.9)
     others = (pixels, picture("b"), 255 - pixels)
-    assert [filters.check_similarity(pixels, other, bounds) for other in others] == [
+    assert [filters.check_similarity(look, look_at(other), bounds) for other in others] == [
         "too_similar", "too_different", "too_different"]
 
 
