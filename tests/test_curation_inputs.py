@@ -203,6 +203,15 @@ def test_a_base_model_behind_endpoints(tmp_path):
         encode(picture(f"{who} prompt number 0")) for who in ("base", "better")]
 
 
+def test_an_image_without_a_thought_is_no_first_round(tmp_path):
+    prompts = write_prompts(tmp_path / "in", 2)
+    with Misbehaving(answer).running() as server:
+        base = {"url": server.url, "model": "base"}    # tells no revised_prompt
+        done = curated(make_config(server.url, prompts, sketcher={"kind": "endpoint", "painter": base}),
+                       tmp_path / "data")
+    assert done.rejections == {"empty_first_thought": 2} and done.cases["partly"] == 2
+
+
 def test_our_own_server_is_a_base_model_whose_thoughts_come_with_its_images(tmp_path):
     """A small network with random weights: one request gives a first round, and it is the server's own."""
     prompts = tmp_path / "prompts.txt"

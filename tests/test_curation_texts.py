@@ -1,6 +1,7 @@
 """Templates, how a critic's answers are read, and the filters."""
 
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from curation_cases import HEADINGS, picture, reflection, thought
+from data_pipelines.config import from_config_dict
 from data_pipelines.curation import filters
 from data_pipelines.curation.config import CurateConfig, FilterConfig
 from data_pipelines.curation.filters import (
@@ -19,6 +21,7 @@ from data_pipelines.curation.filters import (
     load_safety,
 )
 from data_pipelines.curation.looks import look_at, measure_similarity
+from data_pipelines.curation.opening import describe_config
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
 
 CONFIG = FilterConfig()
@@ -260,6 +263,30 @@ def test_a_hook_that_answers_nonsense_ends_it():
         Rules(CONFIG, HEADINGS, lambda prompt, texts, images: True).judge_safety("a", (), ())
 
 
+MANNERS = {"url": "https://elsewhere/v1", "key": "KEY", "concurrency": 1, "timeout": 1.0, "attempts": 2,
+           "price_in": 1.0, "price_out": 2.0, "price_image": 3.0, "budget": 4.0}
+
+
+@pytest.mark.parametrize("name", [*MANNERS, "model", "options", "asks"])
+def test_how_an_endpoint_is_asked_does_not_decide_the_records(name):
+    """Resumed elsewhere, or with another budget, it is the same data set; with another model it is not."""
+    others = MANNERS | {"model": "other", "options": {"temperature": 1}, "asks": 1}
+    endpoint = {"url": "http://127.0.0.1/v1", "model": "critic", "price_in": 0.5}
+    configs = [from_config_dict(CurateConfig, {"prompts": "a", "critic": {"endpoint": fields}})
+               for fields in (endpoint, endpoint | {name: others[name]})]
+    one, other = map(describe_config, configs)
+    assert (one == other) == (name in MANNERS)
+
+
+def test_moved_inputs_are_the_same_inputs():
+    """Their digests are recorded by themselves."""
+    critic = {"endpoint": {"url": "http://127.0.0.1/v1", "model": "critic"}}
+    base = {"prompts": "a", "critic": critic, "painter": {"kind": "folder", "folder": "b"}}
+    moved = {"prompts": "x/a", "painter": {"kind": "folder", "folder": "x/b"}, "templates": "x"}
+    one, other = (describe_config(from_config_dict(CurateConfig, fields)) for fields in (base, base | moved))
+    assert one == other and json.dumps(one)
+
+
 @pytest.mark.parametrize("fields, told", [
     ({"critic": {}}, "endpoint is missing, but kind is 'endpoint'"),
     ({"modes": ("initial_ful",)}, "unknown 'initial_ful'"), ({"modes": ()}, "name at least one"),
@@ -270,7 +297,6 @@ def test_a_hook_that_answers_nonsense_ends_it():
     ({"estimate": {"chars_per_token": 0}}, "chars_per_token is 0"),
 ])
 def test_settings_are_checked(fields, told):
-    from data_pipelines.config import from_config_dict
     critic = {"endpoint": {"url": "http://127.0.0.1/v1", "model": "critic"}}
     with pytest.raises(ValueError, match=told):
         from_config_dict(CurateConfig, {"prompts": "a.txt", "critic": critic, **fields})
