@@ -356,13 +356,13 @@ def test_nothing_is_asked_of_what_can_be_told_before(tmp_path, inputs):
     (folder / "images" / "2.png").write_bytes((folder / "images" / "0.png").read_bytes())
     with open(path, "a") as file:
         file.write('{"id": "again", "prompt": "  Prompt NUMBER 0. "}\n')
-        file.write('{"id": "gone", "prompt": "b", "image": "c.png"}\n')
+        file.write('{"id": "gone", "prompt": "b", "image": "c.png"}\n{"id": "there", "prompt": "b"}\n')
         file.write('{"id": "out", "prompt": "d", "image": "../../etc/passwd"}\n')
     with Misbehaving(answer).running() as server:
         done = run(server, (path, None), tmp_path / "data")
     assert done.rejections == {"broken_image": 3, "duplicate_image": 1, "duplicate_prompt": 1}
-    assert done.cases == {"read": 8, "whole": 3, "partly": 0, "rejected": 5}
-    assert len(server.answered) == 2 + 3
+    assert done.cases == {"read": 9, "whole": 4, "partly": 0, "rejected": 5}
+    assert len(server.answered) == 3 + 4
 
 
 def refuse_cats(prompt, texts, images):

@@ -31,6 +31,7 @@ from data_pipelines.curation.material import Picture, Rejected
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
+from data_pipelines.shapes.detect import detect
 from data_pipelines.shapes.drafts import order_draft
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.records import generator, heldout_prompts
@@ -312,7 +313,9 @@ def test_the_shapes_world_is_curated_by_the_same_command(tmp_path):
         first, better = (part.data for part in record.parts if isinstance(part, ImagePart))
         assert score(wanted[texts[1]], decode_image(better, where="", max_pixels=10_000)).correct
         num_wrong += not score(wanted[texts[1]], decode_image(first, where="", max_pixels=10_000)).correct
-        assert "### Final prompt" in texts[-1]
+        final = texts[-1].split("### Final prompt\n")[1]
+        for thing in detect(decode_image(better, where="", max_pixels=10_000)):    # what is told is what is painted
+            assert f"{thing.colour} {thing.shape}" in final
     assert num_wrong >= 10    # and what was right stays so
     groups = check(tmp_path / "data", Wish(DataConfig(source="", groups=(GroupConfig("any"),))), workers=1)
     assert len(groups) == 6 and not any(group.faults for group in groups.values())

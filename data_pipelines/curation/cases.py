@@ -74,8 +74,10 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
     seen, cases, rejections = Seen(rules.config.near_bits), [], []
     for line, image in zip(lines, _read_images(lines, Folder(folder), rules)):
         case = line.case
-        cause = check_prompt(case.prompt, rules.config) or seen.check_prompt(case.prompt)
-        cause, told = (cause, "") if cause or not isinstance(image, Rejected) else (image.cause, image.told)
+        cause, told = check_prompt(case.prompt, rules.config), ""
+        if not cause and isinstance(image, Rejected):
+            cause, told = image.cause, image.told
+        cause = cause or seen.check_prompt(case.prompt)    # of those whose image is sound
         if not cause and isinstance(image, Picture):
             cause = seen.check_image(image.sha256, image.look.fingerprint)
             # What was seen of it is 4 KiB, and there may be a million.
