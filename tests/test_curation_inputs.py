@@ -314,7 +314,7 @@ def test_the_shapes_world_is_curated_by_the_same_command(tmp_path):
         assert score(wanted[texts[1]], decode_image(better, where="", max_pixels=10_000)).correct
         num_wrong += not score(wanted[texts[1]], decode_image(first, where="", max_pixels=10_000)).correct
         final = texts[-1].split("### Final prompt\n")[1]
-        for thing in detect(decode_image(better, where="", max_pixels=10_000)):    # what is told is what is painted
+        for thing in detect(decode_image(better, where="", max_pixels=10_000)):
             assert f"{thing.colour} {thing.shape}" in final
     assert num_wrong >= 10    # and what was right stays so
     groups = check(tmp_path / "data", Wish(DataConfig(source="", groups=(GroupConfig("any"),))), workers=1)
