@@ -92,9 +92,14 @@ def test_the_estimate_is_what_is_sent(curated):
         sent["better images" if "prompt" in body else
              ("", "thoughts", "reflections")[len(images_of(body))]] += 1
     assert {one.what: one.requests for one in draft.expenses} == sent
-    texts = sum(len(texts_of(body).strip()) for body in server.bodies.values() if len(images_of(body)) == 1)
-    thoughts = next(one for one in draft.expenses if one.what == "thoughts")
-    assert thoughts.tokens_in == round(texts / 4) + sent["thoughts"] * 1300
+    length = lambda count: sum(len(texts_of(body).strip()) for body in server.bodies.values()
+                               if len(images_of(body)) == count)
+    thoughts, reflections = (next(one for one in draft.expenses if one.what == what)
+                             for what in ("thoughts", "reflections"))
+    assert thoughts.tokens_in == round(length(1) / 4) + sent["thoughts"] * 1300
+    first_thoughts = sum(len(f"<think>First, prompt number {n}.</think>") for n in range(NUM_DRAWN))
+    texts = (length(2) - first_thoughts) / 4 + 230 * NUM_DRAWN    # a thought is taken to have 230 tokens
+    assert reflections.tokens_in == round(texts) + sent["reflections"] * 2 * 1300
     assert thoughts.cost == pytest.approx(thoughts.tokens_in * 1e4 / 1e6 + thoughts.tokens_out * 1e5 / 1e6)
 
 
@@ -351,13 +356,13 @@ def test_nothing_is_asked_of_what_can_be_told_before(tmp_path, inputs):
     (folder / "images" / "2.png").write_bytes((folder / "images" / "0.png").read_bytes())
     with open(path, "a") as file:
         file.write('{"id": "again", "prompt": "  Prompt NUMBER 0. "}\n')
-        file.write('{"id": "gone", "prompt": "b", "image": "c.png"}\n')
+        file.write('{"id": "gone", "prompt": "b", "image": "c.png"}\n{"id": "there", "prompt": "b"}\n')
         file.write('{"id": "out", "prompt": "d", "image": "../../etc/passwd"}\n')
     with Misbehaving(answer).running() as server:
         done = run(server, (path, None), tmp_path / "data")
     assert done.rejections == {"broken_image": 3, "duplicate_image": 1, "duplicate_prompt": 1}
-    assert done.cases == {"read": 8, "whole": 3, "partly": 0, "rejected": 5}
-    assert len(server.answered) == 2 + 3
+    assert done.cases == {"read": 9, "whole": 4, "partly": 0, "rejected": 5}
+    assert len(server.answered) == 3 + 4
 
 
 def refuse_cats(prompt, texts, images):

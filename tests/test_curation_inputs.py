@@ -31,6 +31,7 @@ from data_pipelines.curation.material import Picture, Rejected
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
 from data_pipelines.records import ImagePart, TextPart, parse_conversation
+from data_pipelines.shapes.detect import detect
 from data_pipelines.shapes.drafts import order_draft
 from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.records import generator, heldout_prompts
@@ -203,6 +204,15 @@ def test_a_base_model_behind_endpoints(tmp_path):
         encode(picture(f"{who} prompt number 0")) for who in ("base", "better")]
 
 
+def test_an_image_without_a_thought_is_no_first_round(tmp_path):
+    prompts = write_prompts(tmp_path / "in", 2)
+    with Misbehaving(answer).running() as server:
+        base = {"url": server.url, "model": "base"}    # tells no revised_prompt
+        done = curated(make_config(server.url, prompts, sketcher={"kind": "endpoint", "painter": base}),
+                       tmp_path / "data")
+    assert done.rejections == {"empty_first_thought": 2} and done.cases["partly"] == 2
+
+
 def test_our_own_server_is_a_base_model_whose_thoughts_come_with_its_images(tmp_path):
     """A small network with random weights: one request gives a first round, and it is the server's own."""
     prompts = tmp_path / "prompts.txt"
@@ -303,7 +313,9 @@ def test_the_shapes_world_is_curated_by_the_same_command(tmp_path):
         first, better = (part.data for part in record.parts if isinstance(part, ImagePart))
         assert score(wanted[texts[1]], decode_image(better, where="", max_pixels=10_000)).correct
         num_wrong += not score(wanted[texts[1]], decode_image(first, where="", max_pixels=10_000)).correct
-        assert "### Final prompt" in texts[-1]
+        final = texts[-1].split("### Final prompt\n")[1]
+        for thing in detect(decode_image(better, where="", max_pixels=10_000)):
+            assert f"{thing.colour} {thing.shape}" in final
     assert num_wrong >= 10    # and what was right stays so
     groups = check(tmp_path / "data", Wish(DataConfig(source="", groups=(GroupConfig("any"),))), workers=1)
     assert len(groups) == 6 and not any(group.faults for group in groups.values())

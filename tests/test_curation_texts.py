@@ -1,6 +1,7 @@
 """Templates, how a critic's answers are read, and the filters."""
 
 import itertools
+import json
 import shutil
 
 import numpy as np
@@ -10,16 +11,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from curation_cases import HEADINGS, picture, reflection, thought
+from data_pipelines.config import from_config_dict
 from data_pipelines.curation import filters
 from data_pipelines.curation.config import CurateConfig, FilterConfig
 from data_pipelines.curation.filters import (
     Rules,
     Seen,
     check_template,
-    fingerprint,
     load_safety,
-    measure_similarity,
 )
+from data_pipelines.curation.looks import look_at, measure_similarity
+from data_pipelines.curation.opening import describe_config
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
 
 CONFIG = FilterConfig()
@@ -215,6 +217,7 @@ def test_fingerprints_outlive_resizing_and_light_and_tell_images_apart(key):
     pixels = picture(str(key), side=96)
     small = np.asarray(Image.fromarray(pixels).resize((64, 48), Image.Resampling.BICUBIC))
     darker = (pixels * 0.7).astype(np.uint8)
+    fingerprint = lambda image: look_at(image).fingerprint
     one, other = fingerprint(pixels), fingerprint(picture(f"not {key}", side=96))
     assert max((one ^ fingerprint(changed)).bit_count() for changed in (small, darker)) <= CONFIG.near_bits
     assert (one ^ other).bit_count() > 2 * CONFIG.near_bits
@@ -224,13 +227,14 @@ def test_fingerprints_outlive_resizing_and_light_and_tell_images_apart(key):
 def test_similarity_is_one_of_equals_and_falls_with_noise():
     pixels = picture("a", side=80)
     noise = np.random.default_rng(0).normal(0, 1, pixels.shape)
-    found = [measure_similarity(pixels, np.clip(pixels + strength * noise, 0, 255).astype(np.uint8))
+    look = look_at(pixels)
+    found = [measure_similarity(look, look_at(np.clip(pixels + strength * noise, 0, 255).astype(np.uint8)))
              for strength in (0, 40, 120, 1000)]
     assert found[0] == 1.0 and found == sorted(found, reverse=True) and found[-1] < 0.5
-    assert measure_similarity(pixels, picture("a", side=64)) > 0.95    # of any sizes
+    assert measure_similarity(look, look_at(picture("a", side=64))) > 0.95    # of any sizes
     bounds = FilterConfig(min_similarity=0.2, max_similarity=0.9)
     others = (pixels, picture("b"), 255 - pixels)
-    assert [filters.check_similarity(pixels, other, bounds) for other in others] == [
+    assert [filters.check_similarity(look, look_at(other), bounds) for other in others] == [
         "too_similar", "too_different", "too_different"]
 
 
@@ -259,6 +263,30 @@ def test_a_hook_that_answers_nonsense_ends_it():
         Rules(CONFIG, HEADINGS, lambda prompt, texts, images: True).judge_safety("a", (), ())
 
 
+MANNERS = {"url": "https://elsewhere/v1", "key": "KEY", "concurrency": 1, "timeout": 1.0, "attempts": 2,
+           "price_in": 1.0, "price_out": 2.0, "price_image": 3.0, "budget": 4.0}
+
+
+@pytest.mark.parametrize("name", [*MANNERS, "model", "options", "asks"])
+def test_how_an_endpoint_is_asked_does_not_decide_the_records(name):
+    """Resumed elsewhere, or with another budget, it is the same data set; with another model it is not."""
+    others = MANNERS | {"model": "other", "options": {"temperature": 1}, "asks": 1}
+    endpoint = {"url": "http://127.0.0.1/v1", "model": "critic", "price_in": 0.5}
+    configs = [from_config_dict(CurateConfig, {"prompts": "a", "critic": {"endpoint": fields}})
+               for fields in (endpoint, endpoint | {name: others[name]})]
+    one, other = map(describe_config, configs)
+    assert (one == other) == (name in MANNERS)
+
+
+def test_moved_inputs_are_the_same_inputs():
+    """Their digests are recorded by themselves."""
+    critic = {"endpoint": {"url": "http://127.0.0.1/v1", "model": "critic"}}
+    base = {"prompts": "a", "critic": critic, "painter": {"kind": "folder", "folder": "b"}}
+    moved = {"prompts": "x/a", "painter": {"kind": "folder", "folder": "x/b"}, "templates": "x"}
+    one, other = (describe_config(from_config_dict(CurateConfig, fields)) for fields in (base, base | moved))
+    assert one == other and json.dumps(one)
+
+
 @pytest.mark.parametrize("fields, told", [
     ({"critic": {}}, "endpoint is missing, but kind is 'endpoint'"),
     ({"modes": ("initial_ful",)}, "unknown 'initial_ful'"), ({"modes": ()}, "name at least one"),
@@ -269,7 +297,6 @@ def test_a_hook_that_answers_nonsense_ends_it():
     ({"estimate": {"chars_per_token": 0}}, "chars_per_token is 0"),
 ])
 def test_settings_are_checked(fields, told):
-    from data_pipelines.config import from_config_dict
     critic = {"endpoint": {"url": "http://127.0.0.1/v1", "model": "critic"}}
     with pytest.raises(ValueError, match=told):
         from_config_dict(CurateConfig, {"prompts": "a.txt", "critic": critic, **fields})

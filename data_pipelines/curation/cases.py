@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines.config import nearest
-from data_pipelines.curation.filters import Rules, Seen, check_prompt, check_side, check_unicode, fingerprint
+from data_pipelines.curation.filters import Rules, Seen, check_prompt, check_side, check_unicode
 from data_pipelines.curation.material import MAX_IMAGE_BYTES, Case, Picture, Rejected, Rejection
 from data_pipelines.jobs import default_workers
 from data_pipelines.lines import Folder
@@ -74,12 +74,14 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
     seen, cases, rejections = Seen(rules.config.near_bits), [], []
     for line, image in zip(lines, _read_images(lines, Folder(folder), rules)):
         case = line.case
-        cause = check_prompt(case.prompt, rules.config) or seen.check_prompt(case.prompt)
-        cause, told = (cause, "") if cause or not isinstance(image, Rejected) else (image.cause, image.told)
-        if not cause and isinstance(image, tuple):
-            picture, bits = image
-            cause = seen.check_image(picture.sha256, bits)
-            case = dataclasses.replace(case, image=picture)
+        cause, told = check_prompt(case.prompt, rules.config), ""
+        if not cause and isinstance(image, Rejected):
+            cause, told = image.cause, image.told
+        cause = cause or seen.check_prompt(case.prompt)    # of those whose image is sound
+        if not cause and isinstance(image, Picture):
+            cause = seen.check_image(image.sha256, image.look.fingerprint)
+            # What was seen of it is 4 KiB, and there may be a million.
+            case = dataclasses.replace(case, image=dataclasses.replace(image, known=None))
         cause = cause or rules.judge_safety(case.prompt, (), ())
         if cause:
             rejections.append(Rejection(case.id, "case", cause, told))
@@ -89,18 +91,17 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
 
 
 def _read_images(lines: Iterable[Line], folder: Folder, rules: Rules
-                 ) -> Iterator[tuple[Picture, int] | Rejected | None]:
-    """Of each line the picture and its fingerprint, why it has none, or None if it names none."""
+                 ) -> Iterator[Picture | Rejected | None]:
+    """Of each line the picture, why it has none, or None if it names none."""
 
-    def read(line: Line) -> tuple[Picture, int] | Rejected | None:
+    def read(line: Line) -> Picture | Rejected | None:
         if not line.image:
             return None
         try:
             picture = read_picture(folder, line.image, where=line.place)
-            pixels = picture.pixels
-            if cause := check_side(pixels, rules.config):
+            if cause := check_side(picture.look, rules.config):
                 return Rejected(cause)
-            return picture, fingerprint(pixels)
+            return picture
         except Rejected as rejected:
             return rejected
 

@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from skimage.metrics import structural_similarity
 
 from data_pipelines.curation.config import FilterConfig
+from data_pipelines.curation.looks import Look, measure_similarity
 from data_pipelines.curation.templates import MARK, split_parts
-
-COMPARED_SIDE = 64    # pixels of the greys whose similarity is measured
-PRINT_SIDE = 8        # fingerprints: 8 x 8 bits
 
 Safety = Callable[[str, Sequence[str], Sequence[np.ndarray]], str]
 
@@ -88,13 +84,13 @@ def check_template(reflection: str, headings: Sequence[str]) -> str:
     return "" if is_whole else "template"
 
 
-def check_side(pixels: np.ndarray, config: FilterConfig) -> str:
-    """Args: pixels uint8 [H, W, 3]."""
-    return "small_image" if min(pixels.shape[:2]) < config.min_side else ""
+def check_side(look: Look, config: FilterConfig) -> str:
+    """Of the shorter side."""
+    return "small_image" if min(look.height, look.width) < config.min_side else ""
 
 
-def check_similarity(first: np.ndarray, better: np.ndarray, config: FilterConfig) -> str:
-    """Args: images uint8 [H, W, 3], of any sizes."""
+def check_similarity(first: Look, better: Look, config: FilterConfig) -> str:
+    """Of images of any sizes."""
     if config.min_similarity <= -1 and config.max_similarity >= 1:
         return ""
     found = measure_similarity(first, better)
@@ -105,18 +101,6 @@ def check_similarity(first: np.ndarray, better: np.ndarray, config: FilterConfig
 def check_quality(score: float, config: FilterConfig) -> str:
     """Args: score from 0 to 10."""
     return "low_quality" if score < config.min_quality else ""
-
-
-def measure_similarity(first: np.ndarray, better: np.ndarray) -> float:
-    """Structural similarity of the greys of two images uint8 [H, W, 3], made small: 1 if they are equal."""
-    return float(structural_similarity(*(_grey(image, (COMPARED_SIDE, COMPARED_SIDE))
-                                         for image in (first, better)), data_range=255))
-
-
-def fingerprint(pixels: np.ndarray) -> int:
-    """64 bits of an image uint8 [H, W, 3]: where it becomes brighter from left to right (a difference hash)."""
-    grey = _grey(pixels, (PRINT_SIDE + 1, PRINT_SIDE)).astype(int)
-    return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes(), "big")
 
 
 class Seen:
@@ -178,8 +162,3 @@ def _bare(text: str, headings: Sequence[str]) -> str:
     for heading in headings:
         bare = bare.replace(f"{MARK} {heading}", "")
     return bare
-
-
-def _grey(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8, of (width, height)."""
-    return np.asarray(Image.fromarray(pixels).convert("L").resize(size, Image.Resampling.BOX))

@@ -19,7 +19,6 @@ from data_pipelines.curation.filters import (
     check_side,
     check_similarity,
     check_unicode,
-    fingerprint,
 )
 from data_pipelines.curation.material import Case, Material, Picture, Rejected, Rejection, Round, Words
 from data_pipelines.curation.painters import Painter
@@ -101,7 +100,7 @@ def gather(case: Case, *, crew: Crew, plan: Plan) -> Gathered:
     is_new = case.image is None and plan.rules.config.near_bits >= 0
     modes = tuple(mode for mode in plan.modes if any(mode in SIDES[side] for side in told))
     return Gathered(case, material, modes, tuple(rejections), provenance,
-                    fingerprint(image.pixels) if is_new else None)
+                    image.look.fingerprint if is_new else None)
 
 
 def tell(gathered: Gathered, mode: str) -> Row | None:
@@ -132,7 +131,7 @@ def _sketch(case: Case, crew: Crew, plan: Plan) -> Round:
     _refuse(check_unicode(first.thought)
             or check_length(first.thought, "first_thought", 1, config.max_thought_chars))
     if config.min_side:
-        _refuse(check_side(first.image.pixels, config))
+        _refuse(check_side(first.image.look, config))
     return first
 
 
@@ -146,8 +145,8 @@ def _paint(case: Case, crew: Crew, first: Round | None) -> tuple[Picture, dict[s
 
 def _check_image(case: Case, image: Picture, crew: Crew, plan: Plan) -> None:
     config = plan.rules.config
-    if config.min_side:
-        _refuse(check_side(image.pixels, config))
+    if config.min_side and case.image is None:    # a pair's was looked at before
+        _refuse(check_side(image.look, config))
     if config.min_quality > 0:
         score = crew.critic.rate(case, image)
         _refuse(check_quality(score, config), f"{score:g}")
@@ -160,7 +159,7 @@ def _write(side: str, case: Case, first: Round | None, image: Picture, crew: Cre
         _refuse(rules.judge_thought(thought), thought[:300])
         return thought
     if rules.config.min_similarity > -1 or rules.config.max_similarity < 1:
-        _refuse(check_similarity(first.image.pixels, image.pixels, rules.config))
+        _refuse(check_similarity(first.image.look, image.look, rules.config))
     reflection = crew.critic.reflect(case, first, image)
     _refuse(rules.judge_reflection(reflection), reflection[:300])
     return reflection

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.curation.looks import Look, look_at
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
 from data_pipelines.records import Limits
@@ -30,6 +31,7 @@ class Picture:
 
     source: bytes | pathlib.Path
     sha256: str
+    known: Look | None = None    # of what was decoded already
 
     @classmethod
     def drawn(cls, pixels: np.ndarray) -> "Picture":
@@ -43,10 +45,10 @@ class Picture:
         if len(data) > MAX_IMAGE_BYTES:
             raise Rejected("large_image", f"{path}: {len(data)} bytes")
         try:
-            decode_image(data, where=str(path), max_pixels=MAX_PIXELS)
+            pixels = decode_image(data, where=str(path), max_pixels=MAX_PIXELS)
         except ValueError as error:
             raise Rejected("broken_image", str(error)) from error
-        return cls(path, hashlib.sha256(data).hexdigest())
+        return cls(path, hashlib.sha256(data).hexdigest(), look_at(pixels))
 
     @property
     def data(self) -> bytes:
@@ -62,6 +64,11 @@ class Picture:
             raise ValueError(f"{self.source}: the image was changed while records were made of it; run the "
                              "same command again")
         return data
+
+    @property
+    def look(self) -> Look:
+        """Its size, similarity and fingerprint."""
+        return self.known or look_at(self.pixels)
 
     @property
     def pixels(self) -> np.ndarray:

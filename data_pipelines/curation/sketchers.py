@@ -6,7 +6,7 @@ import re
 from typing import Any, Protocol
 
 from data_pipelines.curation.cases import read_picture
-from data_pipelines.curation.material import MAX_IMAGE_BYTES, Case, Picture, Rejected, Round
+from data_pipelines.curation.material import Case, Picture, Rejected, Round
 from data_pipelines.endpoints import Endpoint, said
 from data_pipelines.lines import Folder
 
@@ -41,7 +41,8 @@ class FolderSketcher:
                        key=int)
         for name in names:
             request = self._read_request(name)
-            self._drawings.setdefault(request["prompt"].strip(), (name, request))
+            source = {key: request[key] for key in ("seed", "checkpoint") if key in request}
+            self._drawings.setdefault(request["prompt"].strip(), (name, source))
         if not names:
             raise ValueError(f"first rounds: {str(folder)!r} holds no 0000/{REQUEST}; give --out of "
                              "irg_jax.generate")
@@ -54,7 +55,7 @@ class FolderSketcher:
         """Raises: Rejected if there is none, or it is not whole."""
         if case.prompt not in self._drawings:
             raise Rejected("no_first_round", f"no prompt.json in {self._root} has this prompt")
-        name, request = self._drawings[case.prompt]
+        name, source = self._drawings[case.prompt]
         try:
             thought = self._folder.read(f"{name}/turn1.txt", where=f"{name}/turn1.txt", limit=MAX_TEXT_BYTES
                                         ).decode("utf-8").strip()
@@ -66,13 +67,12 @@ class FolderSketcher:
             picture = read_picture(self._folder, f"{name}/turn1.png", where=f"{name}/turn1.png")
         except Rejected as rejected:
             raise Rejected("broken_first_round", rejected.told) from rejected
-        known = {key: request[key] for key in ("seed", "checkpoint") if key in request}
-        return Round(thought, picture, {"by": "irg_jax.generate", "folder": name, **known})
+        return Round(thought, picture, {"by": "irg_jax.generate", "folder": name, **source})
 
     def _read_request(self, name: str) -> dict[str, Any]:
         place = f"{self._root / name / REQUEST}"
         try:
-            request = json.loads(self._folder.read(f"{name}/{REQUEST}", where=place, limit=MAX_IMAGE_BYTES))
+            request = json.loads(self._folder.read(f"{name}/{REQUEST}", where=place, limit=MAX_TEXT_BYTES))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{place}: the request cannot be read ({error}); remove the folder, or draw it "
                              "again") from error
