@@ -40,6 +40,7 @@ from data_pipelines.shapes.scene import Request
 from data_pipelines.shapes.score import score
 from data_pipelines.sources import ParquetRows
 from endpoint_cases import Misbehaving, images_of
+from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.config import ServeConfig
 from sampling_cases import WIDE, make_model
@@ -227,7 +228,7 @@ def test_our_own_server_is_a_base_model_whose_thoughts_come_with_its_images(tmp_
     assert {one.what: one.requests for one in draft.expenses} == dict.fromkeys(
         ("first images", "better images", "reflections"), 2)
     assert done.counts["improving_full"] == 2
-    turn = generator.trajectories(["two stars"], num_turns=1, seeds=[5])[0][0]
+    turn = trajectories(generator, ["two stars"], num_turns=1, seeds=[5])[0][0]
     parts = records(tmp_path / "data", "improving_full_learning")[0].parts
     assert parts[2].text == turn.text.strip() and not parts[2].need_loss
     drawn = decode_image(parts[3].data, where="", max_pixels=10_000).astype(int)
