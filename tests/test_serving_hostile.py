@@ -1,6 +1,7 @@
 """What the server is sent that is no good: it is told what is wrong, and nothing breaks."""
 
 import base64
+import dataclasses
 import io
 import socket
 
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.requests import SETTINGS, Reader, Wanted
+from sampling_cases import WIDE, make_model
 from serving_cases import CHAT, DRAW, EDIT, LIMITS, PICTURE, encoded, make_generator, served
 
 
@@ -79,6 +82,14 @@ def test_whatever_fields_hold_it_is_wanted_or_a_mistake_that_is_told(fields, is_
             assert isinstance(read(), Wanted)
         except ValueError as error:
             assert "field" in str(error) or "num_t" in str(error) or "config" in str(error), error
+
+
+def test_a_server_that_does_not_know_how_to_think_does_not():
+    silent = Generator(make_model(), dataclasses.replace(WIDE, system_prompt=""))
+    reader = Reader(silent, LIMITS)
+    assert not reader.read_image_request({"prompt": "a"}, 0, is_edit=False).mode.think
+    with pytest.raises(ValueError, match="no system_prompt"):
+        reader.read_image_request({"prompt": "a", "think": True}, 0, is_edit=False)
 
 
 @pytest.mark.parametrize("body, status, message", [pytest.param(*case, id=name) for name, *case in HOSTILE])

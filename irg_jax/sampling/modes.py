@@ -78,9 +78,16 @@ def infer(generator: Generator, conversations: Sequence[Conversation], mode: Mod
 
     Raises: ValueError if one is empty, or if thinking is asked for without a system prompt.
     """
+    check_thinking(mode, generator.config)
     jobs = [Job(converse(generator, each, mode, seed=seed))
             for each, seed in zip(conversations, seeds, strict=True)]
     return run_jobs(generator, jobs)
+
+
+def check_thinking(mode: ModeConfig, config: SamplingConfig) -> None:
+    """Raises: ValueError if thinking is asked for, but nothing says how."""
+    if mode.think and not config.system_prompt:
+        raise ValueError("think is set, but the generator has no system_prompt that says how to think")
 
 
 def converse(generator: Generator, conversation: Conversation, mode: ModeConfig, *, seed: int,
@@ -92,11 +99,9 @@ def converse(generator: Generator, conversation: Conversation, mode: ModeConfig,
 
     Args: given is what takes the place of the model's own texts and first image; tell is called with the turn
         and each text and image as soon as it is there.
-    Raises: ValueError as `infer` does, before its first step.
+    Raises: ValueError if the conversation is empty, before its first step.
     """
     config = generator.config
-    if mode.think and not config.system_prompt:
-        raise ValueError("think is set, but the generator has no system_prompt that says how to think")
     if not conversation:
         raise ValueError("a conversation is empty; say or show something")
     height, width = yield from _read(generator, conversation, mode, seed)
@@ -132,7 +137,6 @@ def trajectories(generator: Generator, prompts: Sequence[str], *, seeds: Sequenc
     All are one batch until the last has ended, so that what is drawn for one depends on no other.
 
     Args: given is what takes the place of the model's own texts and images, one a prompt if any.
-    Raises: ValueError as `infer` does.
     """
     mode = ModeConfig(think=True, num_turns=num_turns or generator.config.num_turns)
     jobs = [Job(converse(generator, [prompt], mode, seed=seed, given=one)) for prompt, seed, one

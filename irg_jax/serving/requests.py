@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.config import from_config_dict, nearest
 from data_pipelines.images import decode_image, resize
-from irg_jax.sampling.modes import Conversation, ModeConfig
+from irg_jax.sampling.modes import Conversation, ModeConfig, check_thinking
 from irg_jax.sampling.trajectory import Generator, Given
 from irg_jax.serving.config import ServeConfig
 
@@ -184,6 +184,7 @@ class Reader:
                     "max_tokens")
         self._limit("num_turns", mode.num_turns, "max_turns")
         self._limit("num_timesteps", mode.num_timesteps or 0, "max_timesteps")
+        check_thinking(mode, config)
         length = mode.max_think_token_n
         if length is not None and not 1 <= length <= config.text.max_length:
             raise ValueError(f"a text of {length} tokens (field 'max_think_token_n', of a chat 'max_tokens') "
