@@ -37,6 +37,7 @@ def test_a_folder_is_kept_for_one(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_refused_and_the_first_goes_on(stage, tmp_path):  # noqa: F811
     [first] = start(stage, tmp_path, 1, 1, "--config.total_steps=200", "--config.save_every=1000")
     log = tmp_path / "stage1" / "metrics.jsonl"
@@ -109,6 +110,7 @@ def test_another_config_is_refused_by_name_and_accepted_by_name(base, caplog):  
     assert json.loads((base / "run" / "named" / "config.json").read_text())["seed"] == 7
 
 
+@pytest.mark.slow
 def test_the_ledger_tells_where_the_time_went(base, monkeypatch):  # noqa: F811
     def slow(self, step, save=Trainer.save):
         with self.ledger.spend("saving"):

@@ -114,6 +114,7 @@ def run(base):  # noqa: F811
     return base / "run" / "thin"
 
 
+@pytest.mark.slow
 def test_a_run_holds_moments_and_average_of_its_adapters_alone(run):
     first, last = restored(run, 1), restored(run, 4)
     params = last["state"]["params"]
@@ -127,6 +128,7 @@ def test_a_run_holds_moments_and_average_of_its_adapters_alone(run):
         assert stays == (path not in adapters), path
 
 
+@pytest.mark.slow
 def test_its_stage_is_the_merged_average(run, base):  # noqa: F811
     items = restored(run, 4)
     whole = replace(items["state"]["params"], items["ema"])
@@ -145,6 +147,7 @@ def test_its_stage_is_the_merged_average(run, base):  # noqa: F811
         np.testing.assert_allclose(flatten(begun)[path], held[path], atol=0.02)    # held in bfloat16
 
 
+@pytest.mark.slow
 def test_another_stage_goes_on_from_it(run, base):  # noqa: F811
     still = OptimizerConfig(learning_rate=0.0)
     train(config(base, stage="next", init_from="thin:ema", total_steps=1, optimizer=still), base / "run")

@@ -62,6 +62,7 @@ def test_the_optimiser_has_moments_of_what_trains_alone():
     assert sorted(x.shape for x in jax.tree.leaves(state) if x.ndim) == [(2,), (2,)]
 
 
+@pytest.mark.slow
 def test_a_phase_freezes_drops_moments_and_the_checkpoint_knows(run):
     of = lambda step: str(jax.tree.structure(restored(run, step)["state"]["opt"]))
     moments = {step: of(step) for step in (2, 3, 5)}
@@ -75,6 +76,7 @@ def test_a_phase_freezes_drops_moments_and_the_checkpoint_knows(run):
     assert not np.array_equal(at[4]["embed"], at[5]["embed"]) and not same(2, 4)
 
 
+@pytest.mark.slow
 def test_a_phase_tells_of_its_groups(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     groups = [{name.partition("/")[2] for name in line if name.startswith("grad_norm/")} for line in lines]
@@ -90,6 +92,7 @@ def test_a_phase_tells_of_its_groups(run):
         ("start", 0), ("phase", 2), ("phase", 4), ("end", 6)]
 
 
+@pytest.mark.slow
 def test_losses_of_the_groups_make_up_the_whole(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for kind in ("ce", "mse"):

@@ -78,6 +78,7 @@ def draw(generator: Generator) -> tuple[list[str], np.ndarray]:
     return texts, np.asarray(generator.draw_latent(state, height=32, width=48))
 
 
+@pytest.mark.slow
 def test_a_mesh_draws_the_same_with_them():
     config = dataclasses.replace(SETTINGS, weights="int8")
     mesh = make_mesh(MeshConfig(fsdp=1, tensor=2), jax.devices()[:2])

@@ -86,7 +86,8 @@ def test_a_step_that_is_not_finite_leaves_all_but_its_number(bad):
     assert metrics["finite"] and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(sound))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2),
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=2, tensor=2),
+                                  pytest.param(MeshConfig(fsdp=2, context=2), marks=pytest.mark.slow),
                                   pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.slow),
                                   pytest.param(MeshConfig(fsdp=1, context=4), marks=pytest.mark.slow)])
 def test_any_mesh_gives_the_same_steps(single, mesh):
