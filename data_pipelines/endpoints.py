@@ -46,6 +46,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0    # seconds
 MAX_ANSWER = 64 * 2**20         # bytes; an image of 4096 x 4096 as base64 fits
 MAX_PIXELS = 2**24
 TOLD = 300                      # letters of an answer in a message
+AHEAD = 16                      # of what is asked at once: how much may be done before its turn
 
 
 # An answer's JSON -> what is kept of it, and its image as PNG.
@@ -285,6 +286,7 @@ def encode(image: np.ndarray) -> bytes:
 def in_parallel(work: Callable[[S], T], items: Iterable[S], endpoints: Sequence[Endpoint]) -> Iterator[T]:
     """`work` of each item, in order, as many at once as the most patient endpoint takes.
 
+    No more than AHEAD times as many are begun before their turn, so that results need not all be kept.
     The first error, or Ctrl-C, ends all: what is under way may still be answered, nothing else is sent.
     """
     faults: list[BaseException] = []    # in the order of time: the others fail because the first did
@@ -301,9 +303,16 @@ def in_parallel(work: Callable[[S], T], items: Iterable[S], endpoints: Sequence[
         for endpoint in endpoints:
             endpoint.end()
 
-    pool = concurrent.futures.ThreadPoolExecutor(max(each.config.concurrency for each in endpoints))
+    threads = max(each.config.concurrency for each in endpoints)
+    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    ahead: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     try:
-        yield from pool.map(attempt, items)
+        for item in items:
+            ahead.append(pool.submit(attempt, item))
+            if len(ahead) >= AHEAD * threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
     except GeneratorExit:    # who asked has enough
         raise
     except BaseException as fault:

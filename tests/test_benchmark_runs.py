@@ -240,6 +240,9 @@ def test_other_words_for_the_judge_are_taken_and_noted(tmp_path):
             f"Be kind.\nMark hint {n} by answer {n}. It costs $5." for n in (1, 2)}
     noted = json.loads((job.results / "turn1" / "judge.json").read_text())
     assert noted["wording"] == str(path)
+    (job.results / "turn2" / "judge.json").write_text(json.dumps(noted | {"model": "another"}))
+    with pytest.raises(ValueError, match="not one judge saw all of turn1, turn2"):
+        running.score(job, max_unanswered=0)
     assert noted["wording_sha256"] != judging.load_template("wise_legacy").sha256
     for text in ("no rule $prompt $explanation", "a\n---\n$prompt alone", "a\n---\n$prompt $explanation $other",
                  "a\n---\n$prompt $explanation $", "a\n---\n "):

@@ -173,6 +173,18 @@ def test_the_key_comes_from_the_environment_and_is_never_told(tmp_path, monkeypa
         connect(server, tmp_path, key="JUDGE_KEY")
 
 
+def test_no_more_is_begun_than_can_be_kept(tmp_path, monkeypatch):
+    """Whoever takes results one by one is never far behind, and they come in order."""
+    monkeypatch.setattr(endpoints, "AHEAD", 2)
+    begun = []
+    with Misbehaving(echo).running() as server:
+        endpoint = connect(server, tmp_path, concurrency=3)
+        results = in_parallel(lambda number: begun.append(number) or number, iter(range(50)), [endpoint])
+        for expected, number in enumerate(results):
+            assert number == expected and len(begun) <= expected + 6
+        assert sorted(begun) == list(range(50))
+
+
 def test_an_error_ends_the_pauses_of_others(tmp_path, monkeypatch):
     """One question is refused while another waits for a minute: nobody sits that minute out."""
     monkeypatch.setattr(endpoints, "FIRST_PAUSE", 60.0)

@@ -182,6 +182,9 @@ def score(job: Job, *, max_unanswered: float) -> dict[str, Any]:
     columns = score_columns(scoring.groups, scoring.columns)
     judges = {system: parse(read_bytes(folder / JUDGE), str(folder / JUDGE))
               for system, folder in folders.items() if (folder / JUDGE).is_file()}
+    if judges and len({json.dumps(judges.get(system), sort_keys=True) for system in job.systems}) > 1:
+        raise ValueError(f"{job.results}: not one judge saw all of {', '.join(job.systems)}, asked in the same "
+                         "way; run the command with --judge again until it ends")
     shares = {} if scoring.shares is None else {
         system: {prompt.id: float(value) for prompt, value in zip(prompts, values) if value == value}
         for system, values in zip(job.systems, scoring.shares)}
@@ -244,7 +247,7 @@ def _read_list(path: pathlib.Path) -> list[str]:
         return []
     try:
         names = json.loads(read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); judge again") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: must be a list of prompts; judge again")
