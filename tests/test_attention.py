@@ -17,10 +17,25 @@ from irg_jax.kernels.attention import attend, look
 from irg_jax.models.layers import matmul
 
 
-@settings(deadline=None, max_examples=5)
-@given(seed=st.integers(0, 10**6), length=st.integers(1, 21), past=st.integers(0, 9),
-       shared=st.integers(1, 3), block=st.sampled_from((4, 7, 512)), scores=st.sampled_from((1, 400, 2**20)))
+CASES = given(seed=st.integers(0, 10**6), length=st.integers(1, 21), past=st.integers(0, 9),
+              shared=st.integers(1, 3), block=st.sampled_from((4, 7, 512)),
+              scores=st.sampled_from((1, 400, 2**20)))
+
+
+@settings(deadline=None, max_examples=2)    # each is compiled
+@CASES
 def test_attention_is_the_dense_definition(seed, length, past, shared, block, scores):
+    check(seed, length, past, shared, block, scores)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=20)
+@CASES
+def test_attention_is_the_dense_definition_in_any_shape(seed, length, past, shared, block, scores):
+    check(seed, length, past, shared, block, scores)
+
+
+def check(seed, length, past, shared, block, scores):
     rng = np.random.default_rng(seed)
     rows = random_rows(rng, 3, past + length)
     query_rows = Rows(*(row[:, past:] for row in rows))

@@ -135,6 +135,7 @@ def test_contradictions_are_refused():
         infer(silent, [["a"]], ModeConfig(think=True), seeds=[0])
 
 
+@pytest.mark.slow
 def test_a_conversation_that_shows_an_image_follows_the_rules_of_turns_too():
     """It ends where the rule says so; with a window turn 3 sees what was shown, and turn 2 alone."""
     mode, shown = ModeConfig(think=True, num_turns=3), [np.full((32, 48, 3), 90, np.uint8), "a red circle"]
