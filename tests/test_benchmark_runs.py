@@ -239,7 +239,8 @@ def test_other_words_for_the_judge_are_taken_and_noted(tmp_path):
         assert {texts_of(body) for body in server.bodies.values()} == {
             f"Be kind.\nMark hint {n} by answer {n}. It costs $5." for n in (1, 2)}
     noted = json.loads((job.results / "turn1" / "judge.json").read_text())
-    assert noted["wording"] == str(path)
+    assert noted["wording"] == str(path) and noted["system"] == "Be kind."
+    assert noted["question"] == "Mark $prompt by $explanation. It costs $$5."
     (job.results / "turn2" / "judge.json").write_text(json.dumps(noted | {"model": "another"}))
     with pytest.raises(ValueError, match="not one judge saw all of turn1, turn2"):
         running.score(job, max_unanswered=0)

@@ -132,8 +132,9 @@ def judge(protocol: Protocol, prompts: Sequence[Prompt], system: str, *, officia
 
 def describe(endpoint: Endpoint, template: Template) -> dict[str, Any]:
     """Who was asked, and how."""
-    return {"model": endpoint.config.model, "options": endpoint.config.options, "wording": template.where,
-            "wording_sha256": template.sha256, "asks": endpoint.config.asks}
+    return {"model": endpoint.config.model, "options": endpoint.config.options, "asks": endpoint.config.asks,
+            "wording": template.where, "wording_sha256": template.sha256, "system": template.system,
+            "question": template.user.template}
 
 
 def read_preference(text: str) -> str:
