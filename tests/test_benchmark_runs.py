@@ -197,7 +197,9 @@ def test_a_misbehaving_judge_gives_the_same_table(tmp_path):
                             for m in marks])
         assert table["systems"][system]["overall"]["mean"] == pytest.approx(expected)
         assert table["judges"][system]["model"] == "judge"
-    assert "overall" in running.format_scores(table) and "turn2 - turn1" in running.format_scores(table)
+    told = running.format_scores(table)
+    assert "overall" in told and "turn2 - turn1" in told
+    assert "judged by judge with irg_jax's own wording" in told
 
 
 def test_what_no_answer_was_read_of_is_counted_and_left_out_of_both(tmp_path):

@@ -33,7 +33,7 @@ def make_run(folder, *, seed=0, gain=0.1, count=8, **fields):
             Image.fromarray(rng.integers(0, 256, (700, 400, 3), dtype=np.uint8)).save(path)
     score = lambda mean: {"mean": mean, "ci95": [mean - 0.1, mean + 0.1]}
     table = {"benchmark": "wise", "version": "legacy", "formula": "weighted", "prompts": count, "seed": 42,
-             "images_per_prompt": 1, "judges": {"turn1": {"model": "gpt"}},
+             "images_per_prompt": 1, "judges": {"turn1": {"model": "gpt", "wording": "our words"}},
              "systems": {system: {"cultural": score(0.4), "overall": score(np.mean(list(values.values())))}
                          for system, values in shares.items()},
              "difference": {"cultural": score(0.0), "overall": score(gain / count)},
@@ -72,7 +72,7 @@ def test_tables_and_page_show_both_runs_and_what_was_published(tmp_path, capsys)
     assert rows["a, turn2"][:2] == ["0.512 [0.412, 0.612]", "0.400 [0.300, 0.500]"]
     assert rows["b, turn2 - turn1"][0] == "+0.050 [-0.050, +0.150]"
     assert rows["c, turn2"][0].startswith("1.000") and rows["c, base"][0].startswith("0.000")
-    assert "judge gpt" in told
+    assert "judge gpt by our words" in told
 
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "prompt &lt;4&gt;" in page and "<script" not in page and "prompt <4>" not in page

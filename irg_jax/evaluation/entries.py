@@ -78,7 +78,8 @@ def _read_scores(folder: pathlib.Path, label: str) -> Entry:
     pictures = {system: {name: path for number, name in enumerate(table["texts"])
                          if (path := _picture(folder, number * _images(table, place), turn))}
                 for turn, system in enumerate(systems, 1)}
-    judges = {str(judge.get("model")) for judge in table["judges"].values() if isinstance(judge, dict)}
+    judges = {f"{judge.get('model')} by {judge.get('wording')}" for judge in table["judges"].values()
+              if isinstance(judge, dict)}
     limited = " (a part of the benchmark: no score of it)" if table.get("limit") else ""
     facts = {"seed": str(table.get("seed")), "prompts": f"{table.get('prompts')}{limited}",
              "formula": table["formula"],
