@@ -213,7 +213,8 @@ def format_scores(table: Mapping[str, Any], *, is_percent: bool = False) -> str:
              + ([told(difference[column], "+")] if difference else []) for column in systems[names[0]]]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-    judges = {f"; judged by {judge.get('model')} with {judge.get('wording')}" for judge in table["judges"].values()}
+    judges = {f"; judged by {judge.get('model')} with {judge.get('wording')}"
+              for judge in table["judges"].values()}
     limited = " (a part of the benchmark: no score of it)" if table["limit"] else ""
     return "\n".join([*lines, "", f"{table['prompts']} prompts{limited} of {table['benchmark']} "
                       f"({table['version']}); {table['formula']}{''.join(judges)}; brackets: 95 % "
