@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.digests import write_bytes, write_json
-from data_pipelines.images import decode_image, read_image
+from data_pipelines.images import decode_image
 
 S, T = TypeVar("S"), TypeVar("T")
 AGAIN = {408, 409, 425, 429}    # and 5xx
@@ -182,12 +182,8 @@ class Endpoint:
                     self.usage.unparsed += 1
         return Reply(None, tuple(texts))
 
-    def draw(self, prompt: str, *, size: str = "1024x1024") -> np.ndarray:
-        """An image uint8 [H, W, 3] for a prompt. Raises: as `ask`."""
-        return read_image(self.draw_file(prompt, size=size).file)
-
-    def draw_file(self, prompt: str, *, size: str = "1024x1024") -> Drawn:
-        """As `draw`, the image as it is kept in the folder, and what came with it."""
+    def draw(self, prompt: str, *, size: str = "1024x1024") -> Drawn:
+        """An image for a prompt, as it is kept in the folder. Raises: as `ask`."""
         body = {"model": self.config.model, "prompt": prompt, "n": 1, "size": size, **self.config.options}
         kept = self._answer("images/generations", body, _read_image)
         return Drawn(self._folder / kept["content"], str(kept.get("told", "")))

@@ -176,8 +176,8 @@ def _prepare_judge(values: Any, job: running.Job) -> Callable[[], None]:
     if values.scorer:
         if values.benchmark != "geneval":
             raise ValueError(f"--scorer is for geneval; {values.benchmark} is scored so: {job.howto('turn2')}")
-        running.check_detector(values.scorer, values.scorer_python)
-        return lambda: running.detect(job, values.scorer, values.scorer_python, values.scorer_model_path)
+        script = running.check_detector(values.scorer, values.scorer_python)
+        return lambda: running.detect(job, script, values.scorer_python, values.scorer_model_path)
     if not values.judge:
         return lambda: None
     if not judging.has_judge(job.protocol):

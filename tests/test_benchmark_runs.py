@@ -308,19 +308,20 @@ def test_genevals_detector_runs_where_its_packages_are(tmp_path):
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     with pytest.raises(ValueError, match="lacks GenEval's packages .*mmdet"):
-        running.detect(job, str(tmp_path / "geneval"), str(python), "weights")
+        running.check_detector(str(tmp_path / "geneval"), str(python))
     for package in ("mmdet", "open_clip", "clip_benchmark", "torch"):
         (tmp_path / "packages").mkdir(exist_ok=True)
         (tmp_path / "packages" / f"{package}.py").touch()
-    running.detect(job, str(tmp_path / "geneval"), str(python), "weights")
+    assert running.check_detector(str(tmp_path / "geneval"), str(python)) == script
+    running.detect(job, script, str(python), "weights")
     assert running.lacking(job) == []
     assert running.score(job, max_unanswered=0)["systems"]["turn2"]["overall"]["mean"] == 0.25
     assert (job.results / "turn1" / geneval.RESULTS).is_file()
     with pytest.raises(ValueError, match="clone of github.com/djghosh13/geneval"):
-        running.detect(job, str(tmp_path), str(python), "")
+        running.check_detector(str(tmp_path), str(python))
     (job.results / "turn1" / geneval.RESULTS).unlink()
     with pytest.raises(ValueError, match="ended with status 1 on turn1"):
-        running.detect(job, str(tmp_path / "geneval"), str(python), "")
+        running.detect(job, script, str(python), "")
 
 
 def test_without_results_it_says_how_to_get_them(tmp_path):

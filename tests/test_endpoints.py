@@ -19,6 +19,7 @@ from data_pipelines.endpoints import (
     in_parallel,
     said,
 )
+from data_pipelines.images import read_image
 from endpoint_cases import FAULTS, Misbehaving, images_of, texts_of
 
 
@@ -139,10 +140,10 @@ def test_images_go_and_come(tmp_path):
         images = [picture, endpoints.encode(picture)]    # as pixels or as PNG
         assert endpoint.ask([said("equal?", images=images)], parse=str).value == "True"
         for _ in range(2):
-            np.testing.assert_array_equal(endpoint.draw("a cat"), picture)
+            np.testing.assert_array_equal(read_image(endpoint.draw("a cat").file), picture)
         assert endpoint.usage.sent == 2 and endpoint.usage.cost == 3.0
         next(tmp_path.glob("*.png")).unlink()    # an answer without its image is none
-        np.testing.assert_array_equal(connect(server, tmp_path).draw("a cat"), picture)
+        np.testing.assert_array_equal(read_image(connect(server, tmp_path).draw("a cat").file), picture)
 
 
 @pytest.mark.parametrize("entry", [{"url": "http://127.0.0.1:1/x.png"}, {"b64_json": "bm8="}, {"b64_json": 3},

@@ -54,6 +54,6 @@ class EndpointPainter:
     def paint(self, case: Case, first: Round | None) -> Painted:
         """Raises: EndpointError, BudgetSpent."""
         text = self._templates.paint.substitute(prompt=case.prompt)
-        file = self._endpoint.draw_file(text, size=self._size).file
+        file = self._endpoint.draw(text, size=self._size).file
         return Painted(Picture.read(file, file.read_bytes()),
                        {"by": "endpoint", "model": self._endpoint.config.model})

@@ -109,7 +109,7 @@ class EndpointSketcher:
             source["writer"] = self._writer.config.model
             if thought is None:
                 raise Rejected("empty_first_thought")
-        drawn = self._painter.draw_file(case.prompt, size=self._size)
+        drawn = self._painter.draw(case.prompt, size=self._size)
         thought = thought or drawn.told.strip()
         if not thought:
             raise Rejected("empty_first_thought", "no revised_prompt came with the image")

@@ -29,7 +29,7 @@ from data_pipelines.images import read_image
 from irg_jax.evaluation.benchmarks import judging
 from irg_jax.evaluation.benchmarks.protocol import Prompt
 from irg_jax.evaluation.entries import Entry, read_entry
-from irg_jax.evaluation.intervals import Group, score_columns
+from irg_jax.evaluation.intervals import Group, score_columns, tell_score
 from irg_jax.evaluation.published import PUBLISHED
 
 SHOWN_SIDE = 320    # of an image on the page, in pixels
@@ -65,23 +65,25 @@ def main(arguments: Sequence[str]) -> int:
 def make_section(entries: Sequence[Entry], gallery: int) -> dict[str, Any]:
     """The table of one benchmark, and the prompts that two of its rows differ on most."""
     published = PUBLISHED.get(entries[0].benchmark)
-    rows = [{"name": name, "is_published": True, "scores": {column: {"mean": mean, "ci95": None}
-                                                            for column, mean in scores.items()}}
+    is_percent = entries[0].benchmark[0] == "tiif"    # as the paper prints it
+    unit = 100 if is_percent else 1
+    rows = [{"name": name, "is_published": True, "is_difference": False,
+             "scores": {column: {"mean": mean / unit, "ci95": None} for column, mean in scores.items()}}
             for name, scores in (published.rows.items() if published else ())]
-    factor = 100 if entries[0].benchmark[0] == "tiif" else 1
     for entry in entries:
-        rows += [{"name": f"{entry.label}, {system}", "is_published": False,
-                  "scores": {column: _times(factor, score) for column, score in scores.items()}}
-                 for system, scores in entry.table.items()]
+        rows += [{"name": f"{entry.label}, {system}", "is_published": False, "is_difference": False,
+                  "scores": scores} for system, scores in entry.table.items()]
         if entry.difference:
-            scores = {column: _times(factor, score) for column, score in entry.difference.items()}
             rows.append({"name": f"{entry.label}, {entry.systems[-1]} - {entry.systems[0]}",
-                         "is_published": False, "is_difference": True, "scores": scores})
+                         "is_published": False, "is_difference": True, "scores": entry.difference})
+    for row in rows:
+        row["told"] = {column: tell_score(score, is_percent=is_percent, is_difference=row["is_difference"])
+                       for column, score in row["scores"].items()}
     known = [column for row in rows for column in row["scores"]]
     columns = sorted(dict.fromkeys(known), key=lambda column: not column.startswith("overall"))
     facts = {entry.label: entry.facts for entry in entries}
     return {"benchmark": entries[0].benchmark[0], "version": entries[0].benchmark[1], "columns": columns,
-            "rows": rows, "digits": 2 if factor == 100 else 3, "note": published.note if published else "",
+            "rows": rows, "note": published.note if published else "",
             "facts": facts, "gallery": _choose_gallery(entries, gallery)}
 
 
@@ -113,8 +115,7 @@ def format_markdown(sections: Sequence[Mapping[str, Any]], preferences: Mapping[
         lines += [f"## {section['benchmark']} ({section['version']})", "",
                   f"| | {' | '.join(section['columns'])} |", f"|---|{'---|' * len(section['columns'])}"]
         for row in section["rows"]:
-            cells = [format_score(row["scores"].get(column), section["digits"], row.get("is_difference", False))
-                     for column in section["columns"]]
+            cells = [row["told"].get(column, "") for column in section["columns"]]
             name = f"{row['name']}{' (published)' if row['is_published'] else ''}"
             lines.append(f"| {name} | {' | '.join(cells)} |")
         lines += ["", *([f"Published: {section['note']}."] if section["note"] else [])]
@@ -122,15 +123,6 @@ def format_markdown(sections: Sequence[Mapping[str, Any]], preferences: Mapping[
                   for label, facts in section["facts"].items()] + [""]
     lines += [f"{label}: {tell_preference(each)}" for label, each in preferences.items()]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def format_score(score: Mapping[str, Any] | None, digits: int, is_difference: bool = False) -> str:
-    """0.850 [0.820, 0.880], with signs if it is a difference."""
-    if score is None:
-        return ""
-    sign = "+" if is_difference else ""
-    mean, *ends = (f"{value:{sign}.{digits}f}" for value in (score["mean"], *(score["ci95"] or ())))
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def tell_preference(found: Mapping[str, Any]) -> str:
@@ -147,7 +139,6 @@ def render(sections: Sequence[Mapping[str, Any]], preferences: Mapping[str, Any]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["score"] = format_score
     return environment.get_template("compare.html.j2").render(
         sections=sections, preferences={label: tell_preference(found) for label, found in preferences.items()})
 
@@ -175,11 +166,6 @@ def _embed(path: pathlib.Path) -> str:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
-def _times(factor: float, score: Mapping[str, Any]) -> dict[str, Any]:
-    return {"mean": factor * score["mean"],
-            "ci95": [factor * end for end in score["ci95"]] if score["ci95"] else None}
 
 
 def _by_benchmark(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -63,6 +63,14 @@ def as_json(columns: Mapping[str, Column], systems: tuple[str, ...]) -> dict[str
     return {"systems": table} | ({"difference": differences} if len(systems) > 1 else {})
 
 
+def tell_score(score: Mapping[str, Any], *, is_percent: bool = False, is_difference: bool = False) -> str:
+    """0.850 [0.820, 0.880], or 85.00 [82.00, 88.00] of the same; with signs if it is a difference."""
+    factor, digits, sign = 100 if is_percent else 1, 2 if is_percent else 3, "+" if is_difference else ""
+    values = (score["mean"], *(score["ci95"] or ()))
+    mean, *ends = (f"{factor * value:{sign}.{digits}f}" for value in values)
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
 def _told(mean: float, low: float, high: float) -> dict[str, Any]:
     return {"mean": float(mean), "ci95": None if np.isnan(low) else [float(low), float(high)]}
 

@@ -45,7 +45,6 @@ class Template(NamedTuple):
 class Form(NamedTuple):
     """How a benchmark's judge is asked, read and written down."""
 
-    template: str
     values: Callable[[Prompt], dict[str, Any]]
     parse: Callable[[Prompt, str], Any]
     write: Callable[[pathlib.Path, Sequence[tuple[Prompt, Reply]]], None]
@@ -199,9 +198,8 @@ def _write_answers(folder: pathlib.Path, replies: Sequence[tuple[Prompt, Reply]]
 
 
 FORMS = {
-    "wise_legacy": Form("wise_legacy", _explained, lambda _, text: wise.read_legacy_answer(text), _write_marks),
-    "wise_verified": Form("wise_verified", _explained, lambda _, text: wise.read_verified_answer(text),
-                          _write_marks),
-    "tiif": Form("tiif", _asked, lambda prompt, text: tiif.read_answers(
-        text, len(prompt.details["questions"])), _write_answers),
+    "wise_legacy": Form(_explained, lambda _, text: wise.read_legacy_answer(text), _write_marks),
+    "wise_verified": Form(_explained, lambda _, text: wise.read_verified_answer(text), _write_marks),
+    "tiif": Form(_asked, lambda prompt, text: tiif.read_answers(text, len(prompt.details["questions"])),
+                 _write_answers),
 }

@@ -16,11 +16,11 @@ TOLD = 10         # missing names in a message
 QUALITY = 95      # of a JPEG
 
 
-def systems_of(num_turns: int, *, think: bool = True) -> tuple[str, ...]:
-    """What is scored: every turn, the only one of a self-CoT model, or what is drawn without a thought."""
-    if not think:
-        return ("plain",)
-    return ("self_cot",) if num_turns == 1 else tuple(f"turn{turn}" for turn in range(1, num_turns + 1))
+def systems_of(num_turns: int) -> tuple[str, ...]:
+    """What is scored: what is drawn without a thought, the only turn of a self-CoT model, or every turn."""
+    if num_turns < 2:
+        return (("plain", "self_cot")[num_turns],)
+    return tuple(f"turn{turn}" for turn in range(1, num_turns + 1))
 
 
 def sample_folder(samples: pathlib.Path, prompt: int, image: int, protocol: Protocol) -> pathlib.Path:

@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -26,7 +27,7 @@ from irg_jax.evaluation.benchmarks.layout import check_layout, lay_out, systems_
 from irg_jax.evaluation.benchmarks.protocol import Prompt, Protocol, digest
 from irg_jax.evaluation.files import parse, read_bytes
 from irg_jax.evaluation.folders import Order, generate
-from irg_jax.evaluation.intervals import as_json, score_columns
+from irg_jax.evaluation.intervals import as_json, score_columns, tell_score
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.opening import describe_settings, load_generator
 
@@ -48,7 +49,7 @@ class Job:
 
     @property
     def systems(self) -> tuple[str, ...]:
-        return systems_of(self.num_turns, think=self.num_turns > 0)
+        return systems_of(self.num_turns)
 
     @property
     def official(self) -> pathlib.Path:
@@ -139,12 +140,11 @@ def check_detector(repository: str, python: str) -> pathlib.Path:
     return script
 
 
-def detect(job: Job, repository: str, python: str, model_path: str | None) -> None:
-    """Runs GenEval's own detector, with the Python that has its packages, on what has no results yet.
+def detect(job: Job, script: pathlib.Path, python: str, model_path: str | None) -> None:
+    """Runs GenEval's own script, with the Python that has its packages, on what has no results yet.
 
-    Raises: as `check_detector`, or if the script fails.
+    Raises: ValueError if it fails.
     """
-    script = check_detector(repository, python)
     for system in job.systems:
         results = job.results / system / geneval.RESULTS
         if results.exists():
@@ -201,16 +201,12 @@ def format_scores(table: Mapping[str, Any], *, is_percent: bool = False) -> str:
                      turn1                  turn2                  turn2 - turn1
         overall      0.79 [0.76, 0.82]      0.85 [0.82, 0.88]      +0.06 [+0.03, +0.09]
     """
-    factor, digits = (100, 2) if is_percent else (1, 3)
-    def told(score: Mapping[str, Any], sign: str = "") -> str:
-        values = (score["mean"], *(score["ci95"] or ()))
-        mean, *ends = (f"{factor * value:{sign}.{digits}f}" for value in values)
-        return f"{mean} [{', '.join(ends)}]" if ends else mean
     systems, difference = table["systems"], table.get("difference")
-    names = list(systems)
+    names, told = list(systems), functools.partial(tell_score, is_percent=is_percent)
     rows = [["", *names] + ([f"{names[-1]} - {names[0]}"] if difference else [])]
     rows += [[column, *(told(systems[name][column]) for name in names)]
-             + ([told(difference[column], "+")] if difference else []) for column in systems[names[0]]]
+             + ([told(difference[column], is_difference=True)] if difference else [])
+             for column in systems[names[0]]]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = ["   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
     judges = {f"; judged by {judge.get('model')} with {judge.get('wording')}"
