@@ -45,6 +45,11 @@ class Collector:
         """Records of each mode."""
         return {mode: writer.count for mode, writer in self._writers.items()}
 
+    @property
+    def causes(self) -> dict[str, int]:
+        """Rejections by cause."""
+        return dict(sorted(collections.Counter(one.cause for one in self.rejections).items()))
+
     def add(self, gathered: Gathered) -> None:
         """All records of a case."""
         self.rejections += gathered.rejections

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -83,31 +83,45 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         causes = {cause: one["count"] for cause, one in manifest["rejections"].items()}
         return Curated(False, manifest["counts"], manifest["cases"], causes, {})
-    with alone(answers_folder(out), out):
-        partial = partial_folder(out)
-        shutil.rmtree(partial, ignore_errors=True)    # of a run that was killed
-        partial.mkdir(parents=True)
-        collector = _collect(draft, partial)
-        described = collector.describe()
-        num_cases = len(draft.screened.cases) + len(draft.screened.rejections)
-        causes = {cause: one["count"] for cause, one in described["rejections"].items()}
+    num_cases = len(draft.screened.cases) + len(draft.screened.rejections)
+    endpoints = draft.opened.endpoints
+
+    def describe(collector: Collector, folder: pathlib.Path) -> dict[str, Any]:
         if not any(collector.counts.values()):
-            raise ValueError(f"none of {num_cases} cases was taken: {_list_causes(causes)}; correct the "
-                             "filters or the templates. What was answered is kept")
-        collector.write_rejections(partial)
+            raise ValueError(f"none of {num_cases} cases was taken: {_list_causes(collector.causes)}; correct "
+                             "the filters or the templates. What was answered is kept")
         cases = {"read": num_cases, **collector.told, "rejected": num_cases - sum(collector.told.values())}
-        endpoints = draft.opened.endpoints
-        manifest = draft.wanted | described | {
-            "cases": cases, "usage": {name: _describe_usage(one) for name, one in endpoints.items()},
-            "versions": {name: version(name) for name in ("numpy", "pillow", "pyarrow", "scikit-image")},
-            "files": digest_files(partial),
-            "sizes": {name: path.stat().st_size for name, path in list_files(partial).items()}}
-        write_json(partial / MANIFEST, manifest)
-        publish(out)
+        return {"cases": cases, "usage": {name: _describe_usage(one) for name, one in endpoints.items()},
+                "versions": {name: version(name) for name in ("numpy", "pillow", "pyarrow", "scikit-image")},
+                "sizes": {name: path.stat().st_size for name, path in list_files(folder).items()}}
+
+    with alone(answers_folder(out), out):
+        collector, manifest = make(out, draft.wanted, collect=lambda folder: _collect(draft, folder),
+                                   describe=describe)
         if not any(answers_folder(out).iterdir()):    # it was held, and nobody was asked
             answers_folder(out).rmdir()
-    return Curated(True, collector.counts, cases, causes,
+    return Curated(True, collector.counts, manifest["cases"], collector.causes,
                    {name: _tell_usage(one) for name, one in endpoints.items()})
+
+
+def make(out: pathlib.Path, wanted: Mapping[str, Any], *, collect: Callable[[pathlib.Path], Collector],
+         describe: Callable[[Collector, pathlib.Path], dict[str, Any]]) -> tuple[Collector, dict[str, Any]]:
+    """The data set `out`, whole or not at all; also how the shapes world's own is made.
+
+    Args: wanted opens the manifest, and `describe` of what was collected ends it; collect writes records into a
+        folder, in whose place `out` comes.
+    Returns: what was collected, and the manifest.
+    """
+    partial = partial_folder(out)
+    shutil.rmtree(partial, ignore_errors=True)    # of a run that was killed
+    partial.mkdir(parents=True)
+    collector = collect(partial)
+    collector.write_rejections(partial)
+    manifest = {**wanted, **collector.describe(), **describe(collector, partial),
+                "files": digest_files(partial)}
+    write_json(partial / MANIFEST, manifest)
+    publish(out)
+    return collector, manifest
 
 
 def _collect(draft: Draft, folder: pathlib.Path) -> Collector:

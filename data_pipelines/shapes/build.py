@@ -4,7 +4,7 @@ DIR/train/<mode>/0000.parquet ...   columns `conversation`, `id`, `licence`, `pr
 DIR/prompts_heldout.jsonl           prompts that no training record shows
 DIR/manifest.json                   counts, configuration, versions, sha256 of every file
 
-The learning modes are gathered, filtered, composed and written as `data_pipelines.curate` does it, with
+The learning modes are gathered, filtered, composed and written by the code of `data_pipelines.curate`, with
 renderer and detector as painter and critic (`crew.py`); the base model's modes are only written. The same
 configuration gives the same bytes.
 """
@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import pathlib
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from data_pipelines.config import BuildConfig
 from data_pipelines.curation.collecting import Collector
+from data_pipelines.curation.curating import make
 from data_pipelines.curation.gathering import Gathered, tell
 from data_pipelines.curation.writing import Row
-from data_pipelines.digests import MANIFEST
-from data_pipelines.manifests import digest_files, is_built, partial_folder, publish
+from data_pipelines.manifests import is_built
 from data_pipelines.shapes import records as shapes
 from data_pipelines.shapes.crew import LICENCE
 from data_pipelines.shapes.drafts import SeenDraft, describe_drafts, look_at, read_drafts
@@ -55,21 +54,18 @@ def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = Fal
     wanted = _describe(config, prompts) | ({"drafts": drafts["files"]} if drafts else {})
     if is_built(out, wanted, overwrite=overwrite):
         return False
-    partial = partial_folder(out)
-    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed
-    partial.mkdir(parents=True)
     seen = look_at(read_drafts(config.drafts)) if drafts else []
     if drafts and not seen:
         raise ValueError(f"{config.drafts}: every draft shows a held-out combination; draw more")
-    collected = _write_modes(config, seen, partial)
-    (partial / PROMPTS).write_text("".join(prompts), encoding="utf-8")
     versions = {"numpy": np.__version__, "pillow": PIL.__version__,
                 "pyarrow": pyarrow.__version__}
-    manifest = wanted | collected | {"versions": versions, "files": digest_files(partial)}
-    if drafts:
-        manifest["drafts_used"] = len(seen)
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    publish(out)
+
+    def collect(folder: pathlib.Path) -> Collector:
+        (folder / PROMPTS).write_text("".join(prompts), encoding="utf-8")
+        return _write_modes(config, seen, folder)
+
+    make(out, wanted, collect=collect, describe=lambda *_: {"versions": versions} | (
+        {"drafts_used": len(seen)} if drafts else {}))
     return True
 
 
@@ -84,8 +80,8 @@ def _describe(config: BuildConfig, prompts: list[str]) -> dict[str, Any]:
             "probe": probe.hexdigest()}
 
 
-def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathlib.Path) -> dict[str, Any]:
-    """All records. Returns: their counts and what was not taken, for the manifest."""
+def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathlib.Path) -> Collector:
+    """All records."""
     folders = {mode: folder / "train" / mode for mode in config.counts}
     with (Collector(folders, rows_per_file=config.rows_per_file,
                     rows_per_group=config.rows_per_group) as collector,
@@ -99,8 +95,7 @@ def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathl
                 else:
                     collector.add(one)
                 progress.update()
-    collector.write_rejections(folder)
-    return collector.describe()
+    return collector
 
 
 def _gathered(mode: str, config: BuildConfig, drafts: Sequence[SeenDraft] = ()) -> Iterator[Gathered | Row]:
