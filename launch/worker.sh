@@ -41,7 +41,7 @@ case ${1:-} in
     setup)
         # shellcheck source=launch/setup.sh
         source launch/setup.sh
-        "$python" -m pip install -qq --disable-pip-version-check '.[tpu]' ;;
+        "$python" -m pip install -qq --disable-pip-version-check -c requirements.txt '.[tpu]' ;;
     start)
         shift
         [[ -z $(group) ]] || stop
