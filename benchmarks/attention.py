@@ -1,6 +1,6 @@
 """Attention over planned IRGL packs: the tiles that are visited over the exact work, and the speed of it.
 
-    python -m benchmarks.attention            # a minute anywhere; on a GPU or TPU it is timed too
+    python -m benchmarks.attention            # two minutes anywhere; on a GPU or TPU it is timed too
 
 Packs are planned from the simulated lengths of `data_pipelines/simulation.py` under the budgets of
 configs/irgl_stage{1,2}.py. The limit of `visited` is 1: every pair that is computed is visible. What is

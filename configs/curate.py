@@ -1,7 +1,7 @@
 r"""Records of the six learning modes made from prompts, as IRGL's were: base model, painter, critic.
 
     python -m irg_jax.generate --config configs/irgl_generate.py --checkpoint BAGEL_CHECKPOINT --num_turns 1 \
-        --prompts prompts.jsonl --out first_rounds
+        --config.system_prompt=@bagel_think_system_prompt.txt --prompts prompts.jsonl --out first_rounds
     python -m data_pipelines.curate --config configs/curate.py --out IRGL --estimate
     python -m data_pipelines.curate --config configs/curate.py --out IRGL
 

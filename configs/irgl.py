@@ -5,7 +5,7 @@
 
 What is said of `config.data`, `config.mesh` and so on, beside `stages`, holds for both. Each stage is drawn and
 exported as its own config says.
-Never trained by us: no weights and no data set were published.
+Never trained by us: BAGEL's weights are public, IRG's and IRGL-300K were not when this was written.
 """
 
 import ml_collections

@@ -3,10 +3,11 @@
     python -m irg_jax.train --config configs/irgl_stage1.py --workdir RUN \
         --config.init_from=BAGEL_CHECKPOINT --config.data.source=IRGL_300K
 
-Values are the released run.sh and yaml (docs/design.md); `packs_per_step` is the 8 ranks of 40,000 tokens.
-The sizes of the streams are ours: on simulated lengths they fill to 97.6 % (`python -m benchmarks.packing`),
-where the original's greedy packs reach 79.9 %; `python -m data_pipelines.budget` chooses them for real records.
-Never trained by us: no weights and no data set were published.
+Values are the released run.sh and yaml (docs/parity.md, "Where paper and code disagree"); `packs_per_step` is
+the 8 ranks of 40,000 tokens. The sizes of the streams are ours: on simulated lengths they fill to 97.6 %
+(`python -m benchmarks.packing`), where the original's greedy packs reach 79.9 %; `python -m
+data_pipelines.budget` chooses them for real records.
+Never trained by us: BAGEL's weights are public, IRG's and IRGL-300K were not when this was written.
 """
 
 import ml_collections

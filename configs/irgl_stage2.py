@@ -3,7 +3,7 @@
     python -m irg_jax.train --config configs/irgl_stage2.py --workdir RUN --config.data.source=IRGL_300K
 
 Values are the released run.sh and yaml, but for the sizes of the streams: see stage 1.
-Never trained by us: no weights and no data set were published.
+Never trained by us: BAGEL's weights are public, IRG's and IRGL-300K were not when this was written.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """IRGL on the miniature: both stages as one job, drawn every 100 steps and exported at the end of each.
 
-    python -m irg_jax.train --config configs/shapes.py --workdir runs/shapes \
+    python -m irg_jax.train --config configs/shapes.py --workdir runs/both \
         --config.stages.stage1.init_from=runs/shapes/base --config.data.source=runs/shapes/data
 
 Expected (two CPU cores): about half an hour; RUN/<stage>/samples shows four prompts getting better. The size

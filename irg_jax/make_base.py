@@ -1,4 +1,4 @@
-"""Makes the miniature's base: data, tokenizer, autoencoder, then a network that draws, sees, reads and edits.
+r"""Makes the miniature's base: data, tokenizer, autoencoder, then a network that draws, sees, reads and edits.
 
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export

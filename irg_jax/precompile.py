@@ -1,14 +1,15 @@
-"""Compiles the full-size step for a TPU slice that is not there: does it fit, and how fast can it be at best?
+r"""Compiles the full-size step for a TPU slice that is not there: does it fit, and how fast can it be at best?
 
     python -m irg_jax.precompile --config configs/irgl_stage1.py --topology v5p-128
-    python -m irg_jax.precompile --config configs/irgl_stage1.py --topology v5p-8 --program generate
+    python -m irg_jax.precompile --config configs/irgl_stage1.py --topology v6e:1x1 --mesh fsdp=1 \
+        --program generate
 
 `--program` is the training step, or `generate`, drawing, or `write`, writing texts. Nothing is allocated and no
-weights are needed; libtpu must be installed (pip install '.[tpu]'). Mesh and packs
-are those of the config's table `topologies`, or the config's own for a slice that it lacks, and can be
-overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints what a chip carries with each option that saves memory
-(`moments`, `on_host`, `lora`, `frozen_dtype`), and one JSON object last; ends with status 1 if the compiler
-refuses the program for want of memory.
+weights are needed; libtpu must be installed (pip install '.[tpu]'), or lie where launch/test.sh puts it
+(PYTHONPATH=.venv/libtpu). Mesh and packs are those of the config's table `topologies`, or the config's own for
+a slice that it lacks, and can be overridden: `--mesh data=4,fsdp=16 --packs 64`. Prints what a chip carries
+with each option that saves memory (`moments`, `on_host`, `lora`, `frozen_dtype`), and one JSON object last;
+ends with status 1 if the compiler refuses the program for want of memory.
 """
 
 import dataclasses
