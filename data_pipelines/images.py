@@ -113,7 +113,7 @@ def decode_image(data: bytes, *, where: str, max_pixels: int) -> np.ndarray:
             image.load()
             upright = image if turn is None else image.transpose(turn)
             return _to_rgb(upright)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for broken files
+        except Exception as error:    # of any type: each of Pillow's decoders meets broken bytes in its own way
             raise ValueError(f"{where}: the image does not decode ({error})") from error
 
 
@@ -152,7 +152,7 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: image over the limit of {max_pixels} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:    # of any type: RuntimeError for AVIF, NotImplementedError for DDS
         raise ValueError(f"{where}: not a readable image (PNG, JPEG, WEBP or another that Pillow decodes "
                          "itself)") from error
     if image.width * image.height > max_pixels:

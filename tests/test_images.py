@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from data_cases import Golden, encode_image, golden_folder
 from data_pipelines.config import ImageTransform
 from data_pipelines.images import (
+    FORMATS,
     decode_image,
     grid_position,
     image_size,
@@ -187,3 +188,20 @@ def test_truncated_images_are_named(format):
     data = encode_image(noise, format)
     with pytest.raises(ValueError, match="file.parquet row 3: "):
         decode_image(data[:len(data) // 2], **LIMIT)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format", sorted({*FORMATS} & {*Image.SAVE} - {"ICNS"}))    # that is a megabyte
+def test_a_flipped_byte_of_any_format_is_decoded_or_named(format):
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+    image.convert({"BLP": "P", "MSP": "1", "XBM": "1"}.get(format, "RGB")).save(buffer, format)
+    data = buffer.getvalue()
+    for number in range(300):
+        broken = bytearray(data)
+        broken[rng.integers(min(len(data), 128) if number % 2 else len(data))] = rng.integers(256)
+        for function in (image_size, decode_image):
+            try:
+                function(bytes(broken), **LIMIT)
+            except ValueError as error:
+                assert str(error).startswith("file.parquet row 3: ")
