@@ -8,12 +8,12 @@ An endpoint is slow, refuses, breaks off or answers nonsense, and each of these 
     no answer, 408, 409, 425, 429, 5xx, or not what an API sends    sent again, after a growing pause
     another status, for what this one request says                  `Declined`: this one has no answer
     another status                                                  ends the command with what it said
-    an answer that `parse` refuses                                  asked again, then left without a value
+    an answer cut off by max_tokens, or that `parse` refuses        asked again, then left without a value
 
 FOLDER/<sha256 of the request>.json keeps every answer (an image as .png beside it), so that a command that was
-interrupted pays for nothing twice. The same request is the same answer whatever endpoint it went to: the
-model's name is part of it, the address is not. Answers are read as if a stranger had written them: of limited
-size, no address is followed, no image is fetched from where an answer says it lies.
+interrupted pays for nothing twice. What answers cost that could not be used is in FOLDER/unused.jsonl, as far
+as they told. The same request is the same answer whatever endpoint it went to: the model's name is part of it,
+the address is not.
 """
 
 import base64
@@ -36,21 +36,32 @@ import httpx2
 import numpy as np
 from PIL import Image
 
+from data_pipelines.answers import (
+    CHAT,
+    IMAGES,
+    Unusable,
+    WrongForm,
+    is_declined,
+    parse_paid,
+    read_chat,
+    read_costs,
+    read_image,
+    read_kept,
+    shorten,
+)
 from data_pipelines.digests import write_bytes, write_json
-from data_pipelines.images import decode_image
 
 S, T = TypeVar("S"), TypeVar("T")
 AGAIN = {408, 409, 425, 429}    # and 5xx
-DECLINES = {"content_policy_violation", "moderation_blocked", "content_filter"}    # codes of errors
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0    # seconds
 MAX_ANSWER = 64 * 2**20         # bytes; an image of 4096 x 4096 as base64 fits
-MAX_PIXELS = 2**24
-TOLD = 300                      # letters of an answer in a message
+UNUSED = "unused.jsonl"         # in the folder: what was paid for, and could not be used
+CUT = "length"                  # why an answer ended that max_tokens cut off
 AHEAD = 16                      # of what is asked at once: how much may be done before its turn
 
 
-# An answer's JSON -> what is kept of it, and its image as PNG.
-Read = Callable[[Any], tuple[dict[str, Any], bytes | None]]
+# An answer's JSON -> what is kept of it, and its image, uint8 [H, W, 3].
+Read = Callable[[Any], tuple[dict[str, Any], np.ndarray | None]]
 
 
 class EndpointError(ValueError):
@@ -65,11 +76,7 @@ class BudgetSpent(ValueError):
     """What may be spent is spent; what was answered is kept."""
 
 
-class _Unusable(Exception):
-    """An answer that no such API gives; the next may be better."""
-
-
-UNUSABLE = (httpx2.HTTPError, _Unusable, UnicodeDecodeError, json.JSONDecodeError, RecursionError)
+UNUSABLE = (httpx2.HTTPError, Unusable, UnicodeDecodeError, json.JSONDecodeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +119,7 @@ class EndpointConfig:
 
 @dataclasses.dataclass
 class Usage:
-    """What was asked. Tokens and cost are those of all answers in the folder, whichever run paid for them."""
+    """What was asked. Tokens and cost are those of all answers that came, whichever run paid for them."""
 
     sent: int = 0        # requests that were answered in this run
     kept: int = 0        # requests whose answer was in the folder
@@ -156,9 +163,10 @@ class Endpoint:
         self._lock, self._is_ended = threading.Lock(), threading.Event()
         self._locks: dict[str, threading.Lock] = collections.defaultdict(threading.Lock)
         for file in self._folder.glob("*.json"):
-            kept = _read_kept(file)
-            if kept and kept["asked"] == config.model:
-                self._add(kept)
+            self._add_mine(read_kept(file))
+        unused = self._folder / UNUSED
+        for line in unused.read_bytes().splitlines() if unused.is_file() else ():
+            self._add_mine(parse_paid(line))
 
     def end(self) -> None:
         """Nothing is sent any more; what is under way may still be answered, and is kept."""
@@ -173,9 +181,11 @@ class Endpoint:
         for number in range(self.config.asks):
             # At temperature 0 the same seed would give the same answer.
             body = {"model": self.config.model, "messages": list(messages), **self.config.options}
-            kept = self._answer("chat/completions", body | ({"seed": number} if number else {}), _read_chat)
+            kept = self._answer(CHAT, body | ({"seed": number} if number else {}), read_chat)
             texts.append(kept["content"])
             try:
+                if kept.get("finish") == CUT:
+                    raise ValueError("cut off by max_tokens")
                 return Reply(parse(texts[-1]), tuple(texts))
             except ValueError:
                 with self._lock:
@@ -185,7 +195,7 @@ class Endpoint:
     def draw(self, prompt: str, *, size: str = "1024x1024") -> Drawn:
         """An image for a prompt, as it is kept in the folder. Raises: as `ask`."""
         body = {"model": self.config.model, "prompt": prompt, "n": 1, "size": size, **self.config.options}
-        kept = self._answer("images/generations", body, _read_image)
+        kept = self._answer(IMAGES, body, read_image)
         return Drawn(self._folder / kept["content"], str(kept.get("told", "")))
 
     def _answer(self, path: str, body: dict[str, Any], read: Read) -> dict[str, Any]:
@@ -195,39 +205,41 @@ class Endpoint:
             lock = self._locks[key]
         with lock:    # who asks the same at the same time waits for the answer
             file = self._folder / f"{key}.json"
-            kept = _read_kept(file)
+            kept = read_kept(file)
             if kept is not None:
                 with self._lock:
                     self.usage.kept += 1
                 return kept
-            self._check_budget()
             kept, picture = self._send(path, body, read)
             if picture is not None:
                 kept["content"] = f"{key}.png"
-                write_bytes(self._folder / kept["content"], picture)
-            kept["asked"] = self.config.model
+                write_bytes(self._folder / kept["content"], encode(picture))
             write_json(file, kept)
             with self._lock:
                 self.usage.sent += 1
                 self._add(kept)
+            self._check_told(kept)
             return kept
 
-    def _send(self, path: str, body: dict[str, Any], read: Read) -> tuple[dict[str, Any], bytes | None]:
+    def _send(self, path: str, body: dict[str, Any], read: Read) -> tuple[dict[str, Any], np.ndarray | None]:
         for attempt in range(self.config.attempts):
             wait = None
             if self._is_ended.is_set():
                 raise EndpointError("ended before it was asked")
+            self._check_budget()
             try:
                 status, headers, raw = self._post(path, body)
                 if status == 200:
-                    return read(json.loads(raw))
-                fault = f"status {status}: {_shorten(raw)}"
+                    return self._take(json.loads(raw), path, read)
+                fault = f"status {status}: {shorten(raw)}"
                 if status not in AGAIN and status < 500:
-                    kind = Declined if _is_declined(raw) else EndpointError
+                    kind = Declined if is_declined(raw) else EndpointError
                     raise kind(f"{self._client.base_url}{path} refuses, {fault}")
                 wait = _seconds(headers.get("retry-after", ""))
+            except WrongForm as error:
+                raise EndpointError(f"{self._client.base_url}{path} {error}") from error
             except UNUSABLE as error:
-                fault = f"{type(error).__name__}: {_shorten(str(error).encode())}"
+                fault = f"{type(error).__name__}: {shorten(str(error).encode())}"
             with self._lock:
                 self.usage.repeated += 1
             if attempt + 1 < self.config.attempts:
@@ -236,6 +248,18 @@ class Endpoint:
         raise EndpointError(f"{self._client.base_url}{path} gave no usable answer in {self.config.attempts} "
                             f"attempts; the last: {fault}. The same command goes on where this one ended")
 
+    def _take(self, answer: Any, path: str, read: Read) -> tuple[dict[str, Any], np.ndarray | None]:
+        """What is kept of an answer; one that cannot be used is paid for too."""
+        paid = {"asked": self.config.model, **read_costs(answer, path)}
+        try:
+            kept, picture = read(answer)
+        except (Unusable, WrongForm):
+            with self._lock, open(self._folder / UNUSED, "a", encoding="utf-8") as file:
+                file.write(json.dumps(paid) + "\n")
+                self._add(paid)
+            raise
+        return kept | paid, picture
+
     def _post(self, path: str, body: dict[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
         start, parts, size = time.monotonic(), [], 0
         with self._client.stream("POST", path, json=body) as response:
@@ -243,9 +267,9 @@ class Endpoint:
                 parts.append(part)
                 size += len(part)
                 if size > MAX_ANSWER:
-                    raise _Unusable(f"more than {MAX_ANSWER} bytes")
+                    raise Unusable(f"more than {MAX_ANSWER} bytes")
                 if time.monotonic() - start > self.config.timeout:
-                    raise _Unusable(f"no end after {self.config.timeout:g} s")
+                    raise Unusable(f"no end after {self.config.timeout:g} s")
             return response.status_code, response.headers, b"".join(parts)
 
     def _check_budget(self) -> None:
@@ -253,6 +277,17 @@ class Endpoint:
         if config.budget and self.usage.cost >= config.budget:
             raise BudgetSpent(f"budget {config.budget:g} is spent: {self.usage.cost:.4g} on {config.model}; "
                               "all answers are kept, and the same command with a larger budget goes on")
+
+    def _check_told(self, kept: Mapping[str, Any]) -> None:
+        config, told = self.config, kept["tokens_in"] or kept["tokens_out"]
+        if config.budget and (config.price_in or config.price_out) and not told:
+            raise EndpointError(f"budget is {config.budget:g}, but {config.model} tells no usage, so nobody "
+                                "knows what it costs; the answer is kept. Set budget to 0, or let the server "
+                                "tell usage")
+
+    def _add_mine(self, kept: Mapping[str, Any] | None) -> None:
+        if kept and kept["asked"] == self.config.model:
+            self._add(kept)
 
     def _add(self, kept: Mapping[str, Any]) -> None:
         self.served |= {kept["model"]} - {""}
@@ -328,66 +363,6 @@ def _authorization(variable: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def _read_chat(answer: Any) -> tuple[dict[str, Any], None]:
-    """The text of the first choice; "" if the model refused to say any."""
-    try:
-        content = answer["choices"][0]["message"]["content"]
-        if not isinstance(content, str | None):
-            raise TypeError(f"content is of type {type(content).__name__}")
-    except (LookupError, TypeError) as error:
-        raise _Unusable(f"not a chat completion: {_shorten(json.dumps(answer).encode())}") from error
-    described = _describe(answer, "prompt_tokens", "completion_tokens")
-    return {"content": content or "", "images": 0, **described}, None
-
-
-def _read_image(answer: Any) -> tuple[dict[str, Any], bytes]:
-    """The first image as PNG, whatever it came as."""
-    try:
-        image = decode_image(base64.b64decode(answer["data"][0]["b64_json"], validate=True),
-                             where="an image of the endpoint", max_pixels=MAX_PIXELS)
-    except (LookupError, TypeError, ValueError) as error:
-        told = _shorten(json.dumps(answer).encode())
-        raise _Unusable(f"not an image as b64_json ({error}): {told}") from error
-    told = answer["data"][0].get("revised_prompt")
-    return {"images": 1, "told": told if isinstance(told, str) else "",
-            **_describe(answer, "input_tokens", "output_tokens")}, encode(image)
-
-
-def _is_declined(raw: bytes) -> bool:
-    """Whether an error is about the content of a request."""
-    try:
-        error = json.loads(raw)["error"]
-        return isinstance(error["code"], str) and error["code"] in DECLINES
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return False
-
-
-def _describe(answer: dict[str, Any], name_in: str, name_out: str) -> dict[str, Any]:
-    """Tokens and the model's own name of itself, as far as an answer tells."""
-    usage = answer.get("usage")
-    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in (name_in, name_out)]
-    tokens_in, tokens_out = (count if type(count) is int and count > 0 else 0 for count in counts)
-    return {"tokens_in": tokens_in, "tokens_out": tokens_out, "model": str(answer.get("model", ""))[:TOLD]}
-
-
-def _read_kept(file: pathlib.Path) -> dict[str, Any] | None:
-    """An answer that is kept; what a stranger or a crash left there counts as none."""
-    try:
-        kept = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return None
-    wanted = {"asked": str, "content": str, "model": str, "tokens_in": int, "tokens_out": int, "images": int}
-    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), kind) for name, kind in wanted.items()):
-        return None
-    picture = file.with_suffix(".png")
-    return kept if not kept["images"] or kept["content"] == picture.name and picture.is_file() else None
-
-
 def _seconds(text: str) -> float | None:
     """Of a Retry-After header in seconds; a date, or nonsense, is None."""
     return min(float(text), LONGEST_PAUSE) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text.strip()) else None
-
-
-def _shorten(raw: bytes) -> str:
-    text = " ".join(raw[:4 * TOLD].decode("utf-8", "replace").split())
-    return text if len(text) <= TOLD else f"{text[:TOLD]}..."

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from curation_cases import HEADINGS, picture, reflection, thought
 from data_pipelines.config import from_config_dict
 from data_pipelines.curation import filters
 from data_pipelines.curation.config import CurateConfig, FilterConfig
+from data_pipelines.curation.critics import EndpointCritic
 from data_pipelines.curation.filters import (
     Rules,
     Seen,
@@ -21,8 +23,10 @@ from data_pipelines.curation.filters import (
     load_safety,
 )
 from data_pipelines.curation.looks import look_at, measure_similarity
+from data_pipelines.curation.material import Case, Picture, Rejected
 from data_pipelines.curation.opening import describe_config
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
+from data_pipelines.endpoints import Reply
 
 CONFIG = FilterConfig()
 RULES = Rules(CONFIG, HEADINGS)
@@ -125,6 +129,24 @@ def test_every_part_must_be_there_once_and_in_order(parts):
         assert check_template(text, HEADINGS) == "template"
         with pytest.raises(ValueError):
             read_reflection(text, HEADINGS)
+
+
+def test_a_reflection_that_was_cut_off_is_no_whole_one():
+    whole = reflection("a cat")
+    assert read_reflection(whole, HEADINGS) == whole
+    for answer in (whole.removesuffix(" sharp.</think>"), whole.removesuffix("</think>")):
+        with pytest.raises(ValueError, match="one pair of think tags"):
+            read_reflection(answer, HEADINGS)
+
+
+def test_a_critic_that_is_always_cut_off_is_a_cause():
+    """The endpoint never gives such an answer to be read."""
+    endpoint = types.SimpleNamespace(config=types.SimpleNamespace(model="critic"),
+                                     ask=lambda messages, parse: Reply(None, ("<think>The",)))
+    critic = EndpointCritic(endpoint, load_templates(), RULES, max_side=32)
+    with pytest.raises(Rejected) as rejected:
+        critic.think(Case("a", "a cat", "CC0-1.0", {}), Picture.drawn(picture("a")))
+    assert rejected.value.cause == "thought_unreadable" and "raise max_tokens" in rejected.value.told
 
 
 @given(st.text())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import endpoints
+from data_pipelines import answers, endpoints
 from data_pipelines.endpoints import (
     BudgetSpent,
     Declined,
@@ -66,7 +66,7 @@ def test_what_is_declined_for_its_content_concerns_one_request_alone(tmp_path):
 @pytest.mark.parametrize("raw", [b"", b"[]", b'{"error": "no"}', b'{"error": {"code": ["content_filter"]}}',
                                  b'{"error": {"code": "invalid_size"}}', b"[" * 100_000])
 def test_other_errors_decline_nothing(raw):
-    assert not endpoints._is_declined(raw)
+    assert not answers.is_declined(raw)
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path):
@@ -146,13 +146,59 @@ def test_images_go_and_come(tmp_path):
         np.testing.assert_array_equal(read_image(connect(server, tmp_path).draw("a cat").file), picture)
 
 
-@pytest.mark.parametrize("entry", [{"url": "http://127.0.0.1:1/x.png"}, {"b64_json": "bm8="}, {"b64_json": 3},
-                                   {}])
+@pytest.mark.parametrize("entry", [{"b64_json": "bm8="}, {"b64_json": 3}, {}])
 def test_what_is_no_image_is_not_taken(entry, tmp_path):
     with Misbehaving(lambda body: "").running() as server:
         server.respond = lambda path, body: ("", json.dumps({"data": [entry]}).encode())
         with pytest.raises(EndpointError, match="not an image as b64_json"):
             connect(server, tmp_path, attempts=2).draw("a cat")
+
+
+def test_an_address_ends_it_at_once_with_what_to_set(tmp_path):
+    with Misbehaving(lambda body: "").running() as server:
+        server.respond = lambda path, body: calls.append(body) or (
+            "", json.dumps({"data": [{"url": "http://127.0.0.1:1/x.png"}]}).encode())
+        calls = []
+        endpoint = connect(server, tmp_path, price_image=3.0)
+        with pytest.raises(EndpointError, match="address.*set options response_format=b64_json"):
+            endpoint.draw("a cat")
+        assert len(calls) == 1 and endpoint.usage.cost == 3.0
+
+
+def test_what_was_paid_for_and_cannot_be_used_counts_in_this_run_and_the_next(tmp_path):
+    """Each answer costs 2, the budget is 5: after three of no use nothing more is sent."""
+    useless = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+    with Misbehaving(echo).running() as server:
+        calls, respond = [], server.respond
+        server.respond = lambda path, body: calls.append(body) or ("", json.dumps(useless).encode())
+        prices = {"price_in": 1e4, "price_out": 1e5}
+        with pytest.raises(BudgetSpent, match="budget 5 is spent: 6 on judge"):
+            connect(server, tmp_path, budget=5.0, **prices).ask([said("a")], parse=str)
+        assert len(calls) == 3
+        with pytest.raises(BudgetSpent):
+            connect(server, tmp_path, budget=5.0, **prices).ask([said("a")], parse=str)
+        assert len(calls) == 3
+        server.respond = respond
+        endpoint = connect(server, tmp_path, budget=7.0, **prices)
+        assert endpoint.ask([said("a")], parse=str).value == "heard a" and endpoint.usage.cost == 8.0
+
+
+def test_a_budget_needs_to_be_told_what_was_used(tmp_path):
+    silent = {"choices": [{"message": {"content": "yes"}}]}
+    with Misbehaving(echo).running() as server:
+        server.respond = lambda path, body: ("", json.dumps(silent).encode())
+        with pytest.raises(EndpointError, match="budget is 5, but judge tells no usage"):
+            connect(server, tmp_path, price_in=1.0, budget=5.0).ask([said("a")], parse=str)
+        assert connect(server, tmp_path).ask([said("a")], parse=str).value == "yes"    # it was kept
+
+
+def test_an_answer_that_was_cut_off_is_none(tmp_path):
+    cut = {"choices": [{"message": {"content": "10"}, "finish_reason": "length"}]}
+    with Misbehaving(echo).running() as server:
+        server.respond = lambda path, body: ("", json.dumps(cut).encode())
+        endpoint = connect(server, tmp_path)
+        assert endpoint.ask([said("a")], parse=int) == (None, ("10", "10", "10"))
+        assert endpoint.usage.unparsed == 3
 
 
 def test_an_answer_has_a_size_limit(tmp_path, monkeypatch):
@@ -209,22 +255,23 @@ def test_an_error_ends_the_pauses_of_others(tmp_path, monkeypatch):
                         st.sampled_from(["choices", "message", "content", "usage", "prompt_tokens", "data",
                                          "model", "b64_json"]), inner)))
 def test_any_json_is_an_answer_or_unusable(answer):
-    for read in (endpoints._read_chat, endpoints._read_image):
+    for path, read in ((answers.CHAT, answers.read_chat), (answers.IMAGES, answers.read_image)):
+        paid = answers.read_costs(answer, path)
+        assert paid["tokens_in"] >= 0 and json.dumps(paid)
         try:
-            kept, _ = read(answer)
-        except endpoints._Unusable:
+            assert json.dumps(read(answer)[0])
+        except answers.Unusable:
             continue
-        assert kept["tokens_in"] >= 0 and json.dumps(kept)
 
 
 def test_what_others_left_in_the_folder_is_asked_anew(tmp_path):
     with Misbehaving(echo).running() as server:
         assert connect(server, tmp_path).ask([said("a")], parse=str).value == "heard a"
         file = next(tmp_path.glob("*.json"))
-        for text in ("", "[]", "{}", '{"content": 3}', file.read_text()[:40]):
+        for text in ("", "[]", "{}", '{"content": 3}', file.read_text()[:40], "[" * 100_000):
             file.write_text(text)
             assert connect(server, tmp_path).ask([said("a")], parse=str).value == "heard a"
-        assert set(server.tries.values()) == {6}
+        assert set(server.tries.values()) == {7}
 
 
 @pytest.mark.parametrize("fields, told", [

@@ -60,7 +60,7 @@ class EndpointCritic:
 
     def _ask(self, what: str, text: str, images: list[Picture], read: Callable[[str], T],
              judge: Callable[[T], str]) -> T:
-        faults: list[tuple[str, str]] = []
+        faults = [(f"{what}_unreadable", "every answer was cut off; raise max_tokens in its options")]
 
         def parse(answer: str) -> T:
             try:

@@ -108,7 +108,7 @@ class EndpointSketcher:
             thought = self._writer.ask(self.messages(case), parse=_need_text).value
             source["writer"] = self._writer.config.model
             if thought is None:
-                raise Rejected("empty_first_thought")
+                raise Rejected("empty_first_thought", "the writer says nothing, or was cut off by max_tokens")
         drawn = self._painter.draw(case.prompt, size=self._size)
         thought = thought or drawn.told.strip()
         if not thought:

@@ -34,6 +34,7 @@ NUM_HEADINGS = 3
 MARK = "###"     # before a heading
 _SCORE = re.compile(r"\**(?:score:?)?\s*(\d{1,2}(?:\.\d{1,6})?)(?:\s*/\s*10)?\**\.?", re.IGNORECASE)
 _TAGS = re.compile(r"</?think>", re.IGNORECASE)
+_PAIR = ["<think>", "</think>"]
 
 
 class Templates(NamedTuple):
@@ -97,8 +98,9 @@ def read_reflection(answer: str, headings: tuple[str, ...]) -> str:
     Raises: ValueError unless every part is there, once, in order, and says something.
     """
     text = answer.strip()
-    if text.lower().startswith("<think>") and not text.lower().endswith("</think>"):
-        text = _TAGS.sub("", text, count=2)    # around the first part alone
+    tags = [tag.lower() for tag in _TAGS.findall(text)]    # a pair that was never closed is an answer cut off
+    if text.lower().startswith("<think>") and not text.lower().endswith("</think>") and tags == _PAIR:
+        text = _TAGS.sub("", text)    # around the first part alone
     opening, *parts = split_parts(_inside(text), headings)
     told = "\n\n".join(f"{MARK} {heading}\n{part}" for heading, part in zip(headings, parts))
     return f"<think>{opening}\n\n{told}</think>"
@@ -135,7 +137,7 @@ def _inside(text: str) -> str:
     text = text.strip()
     tags = [tag.lower() for tag in _TAGS.findall(text)]
     if tags:
-        if tags != ["<think>", "</think>"] or not (
+        if tags != _PAIR or not (
                 text.lower().startswith("<think>") and text.lower().endswith("</think>")):
             raise ValueError("the answer is not one pair of think tags with everything inside")
         text = text[len("<think>"):-len("</think>")].strip()
