@@ -76,7 +76,7 @@ def convert(source: str | pathlib.Path, *, out: str | pathlib.Path, config: Data
     Raises: ValueError that lists every bad record and every file that cannot be read, unless `drop_bad`;
         or if `out` holds anything else.
     """
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).resolve()    # a link stays, and leads to the data set
     groups = find_groups(source)
     rows = _list_rows(groups)
     wanted = _describe(groups, rows, config, tokenizer, shard_mib=shard_mib, decode=decode)

@@ -57,8 +57,11 @@ def is_built(out: pathlib.Path, wanted: Mapping[str, Any], *, overwrite: bool) -
 
     A manifest that knows sizes is believed if they are right; otherwise every file is read.
 
-    Raises: ValueError if `out` holds anything else.
+    Raises: ValueError if `out` holds anything else, or can be no name of a folder that is built beside it.
     """
+    if out.is_mount() or out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is {'a mount point' if out.is_dir() else 'no folder'}, and no data set "
+                         "can take its place; choose another --out")
     if not out.exists() or not any(out.iterdir()):
         return False
     path = out / MANIFEST

@@ -110,6 +110,23 @@ def test_folders_that_are_not_ours_are_never_removed(tmp_path):
     assert (tmp_path / "photos" / "cat.png").read_bytes() == b"meow"
 
 
+def test_what_no_folder_can_replace_is_named_before_anything_is_written(tmp_path):
+    (tmp_path / "file").touch()
+    for out, told in ((tmp_path / "file", "file' is no folder"), ("/proc", "'/proc' is a mount point")):
+        with pytest.raises(ValueError, match=f"{told}, and no data set can take its place"):
+            build(CONFIG, out=out, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_leads_to_the_data_set(built, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "data")
+    assert build(CONFIG, out=tmp_path / "link") and not build(CONFIG, out=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "disk" / "data") == contents(built)
+    assert build(dataclasses.replace(CONFIG, seed=8), out=tmp_path / "link", overwrite=True)
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["data"]
+
+
 def test_an_interrupted_build_leaves_no_data_set(tmp_path, monkeypatch):
     good, calls = shapes.gather_one, iter(range(10**6))
     def gather_one(*args, **kwargs):

@@ -214,6 +214,13 @@ def test_all_files_that_cannot_be_read_are_listed(made, tmp_path):
         run(made, tmp_path / "data", source=tmp_path / "source" / "full")
 
 
+def test_a_link_leads_to_the_data_set(made, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "data")
+    assert run(made, tmp_path / "link") and contents(tmp_path / "disk" / "data") == contents(made / "whole")
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["data"]
+
+
 def test_two_builds_of_one_data_set_do_not_mix(made, tmp_path, monkeypatch):
     write = conversion.write_shard
     def write_and_build_again(shard):

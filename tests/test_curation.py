@@ -249,6 +249,16 @@ def get_config():
 """
 
 
+def test_a_link_leads_to_the_data_set_and_answers_are_beside_the_link(inputs, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "data")
+    with Misbehaving(answer).running() as server:
+        assert run(server, inputs, tmp_path / "link", modes=("initial_full",)).written
+        assert not run(server, inputs, tmp_path / "link", modes=("initial_full",)).written
+    assert [file.name for file in (tmp_path / "disk").iterdir()] == ["data"]
+    assert (tmp_path / "link.answers").is_dir()
+
+
 def test_two_at_once_do_not_mix(inputs, tmp_path):
     out = tmp_path / "data"
     def slow(body):

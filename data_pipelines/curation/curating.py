@@ -78,7 +78,8 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
     Raises: EndpointError, BudgetSpent; ValueError if `out` holds anything else, if another process curates into
         it, or if nothing at all was taken.
     """
-    out = pathlib.Path(out)
+    answers = answers_folder(pathlib.Path(out))
+    out = pathlib.Path(out).resolve()    # a link stays, and leads to the data set
     if is_built(out, draft.wanted, overwrite=overwrite):
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         causes = {cause: one["count"] for cause, one in manifest["rejections"].items()}
@@ -95,11 +96,11 @@ def curate(draft: Draft, *, out: str | pathlib.Path, overwrite: bool = False) ->
                 "versions": {name: version(name) for name in ("numpy", "pillow", "pyarrow", "scikit-image")},
                 "sizes": {name: path.stat().st_size for name, path in list_files(folder).items()}}
 
-    with alone(answers_folder(out), out):
+    with alone(answers, out):
         collector, manifest = make(out, draft.wanted, collect=lambda folder: _collect(draft, folder),
                                    describe=describe)
-        if not any(answers_folder(out).iterdir()):    # it was held, and nobody was asked
-            answers_folder(out).rmdir()
+        if not any(answers.iterdir()):    # it was held, and nobody was asked
+            answers.rmdir()
     return Curated(True, collector.counts, manifest["cases"], collector.causes,
                    {name: _tell_usage(one) for name, one in endpoints.items()})
 

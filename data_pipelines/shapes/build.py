@@ -43,7 +43,7 @@ def build(config: BuildConfig, *, out: str | pathlib.Path, overwrite: bool = Fal
     Raises: ValueError if `out` holds anything else (a data set is replaced with `overwrite`), or if
         the configuration names an unknown mode.
     """
-    out = pathlib.Path(out)
+    out = pathlib.Path(out).resolve()    # a link stays, and leads to the data set
     drafts = describe_drafts(config.drafts) if config.drafts else None
     known = {*shapes.MODES, *shapes.BASE_MODES}
     for mode in config.counts:
