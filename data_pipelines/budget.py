@@ -20,6 +20,7 @@ from absl import flags
 from tqdm import tqdm
 
 from data_pipelines import command
+from data_pipelines.choices import largest
 from data_pipelines.config import DataConfig, from_config_dict
 from data_pipelines.costs import CostTable, budget, find_oversize, measure_costs
 from data_pipelines.datasets import open_source
@@ -60,7 +61,8 @@ class Search:
         items = np.concatenate([table.items for table in self._tables.values()])
         self._sizes = {"vit": _common_sizes(items[:, 2]), "latent": _common_sizes(items[:, 3])}
         # All but one in a thousand must fit; a single giant shall not decide.
-        wholes = np.concatenate([_record_costs(table) for table in self._tables.values()])
+        wholes = np.concatenate([_record_costs(self._tables[group.name], group.kind)
+                                 for group in config.groups])
         self._least = [self._round_up(tokens) for tokens in np.quantile(wholes, 0.999, axis=0)[:3]]
         self._known: dict[tuple[int, ...], Choice | None] = {}
 
@@ -176,10 +178,10 @@ def _thin_out(table: CostTable) -> CostTable:
     return CostTable(np.concatenate(records or [table.items[:0]]), np.cumsum([0, *map(len, records)]))
 
 
-def _record_costs(table: CostTable) -> np.ndarray:
-    """int64 [R, 4] before choice and dropout."""
-    return np.add.reduceat(table.items[:, 1:].astype(np.int64), table.offsets[:-1]) if len(table) else (
-        np.zeros((0, len(Cost._fields)), np.int64))
+def _record_costs(table: CostTable, kind: str) -> np.ndarray:
+    """int64 [R, 4]: the most that a sample of each record may cost in each stream, before dropout."""
+    costs = [largest(kind, table.record(index)).max(axis=0) for index in range(len(table))]
+    return np.array(costs, np.int64).reshape(-1, len(Cost._fields))
 
 
 def _common_sizes(tokens: np.ndarray) -> np.ndarray:

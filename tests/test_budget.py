@@ -68,6 +68,19 @@ def test_one_giant_among_many_does_not_set_the_budgets():
     assert search(tables).best(64).budgets == (64, 0, 0, 0)
 
 
+def test_of_captions_and_edits_a_sample_has_but_some():
+    """Four captions of 8 tokens, and a chain of four edits: a sample has one caption, and one or two edits."""
+    step = ((Kind.CLEAN, 2, 0, 16, 1), (Kind.VIT, 2, 16, 0, 0), (Kind.TEXT, 4, 0, 0, 0),
+            (Kind.NOISED, 2, 0, 16, 1))
+    tables = {"t2i": table(*[(Kind.TEXT, 8, 0, 0, 0)] * 4, (Kind.NOISED, 2, 0, 16, 1)),
+              "edits": table(*step * 4)}
+    groups = (GroupConfig("t2i", kind="text_to_image"), GroupConfig("edits", kind="editing"))
+    looked = search(tables, groups=groups)
+    assert looked.measure(24, 32, 64) is not None and looked.measure(24, 32, 48) is None
+    looked = search({"t2i": tables["t2i"]}, groups=groups[:1])
+    assert looked.measure(16, 0, 16) is not None and looked.measure(8, 0, 16) is None
+
+
 # ---- the command ------------------------------------------------------------------------------
 
 def run(*arguments) -> subprocess.CompletedProcess:
