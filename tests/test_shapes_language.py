@@ -24,9 +24,9 @@ FINAL = ("two red circles left of a blue square. top left: red circle; bottom le
          "right: blue square; pale pink background.")
 
 
-def critique(repair: Repair) -> str:
+def critique(repair: Repair, request: Request = REQUEST) -> str:
     """A reflection that says what is wrong."""
-    texts = (reflections.reflect(np.random.default_rng(seed), REQUEST, repair) for seed in itertools.count())
+    texts = (reflections.reflect(np.random.default_rng(seed), request, repair) for seed in itertools.count())
     return next(text for text in texts if "so no, " in text)
 
 
@@ -122,6 +122,24 @@ def test_a_description_counts():
     texts = {language.describe(np.random.default_rng(seed), SCENE) for seed in range(20)}
     assert texts == {"two red circles and a blue square.",
                      "two red circles and a blue square on pale pink."}
+
+
+@pytest.mark.parametrize("count, word", [(9, "nine"), (10, "many"), (13, "many")])
+def test_a_base_model_may_draw_more_things_than_a_scene_has(count, word):
+    things = [Thing("circle", "red", "plain", 0.1 + 0.2 * (i % 4), 0.1 + 0.2 * (i // 4), 0.12)
+              for i in range(count)]
+    crowd = Scene("counting", tuple(things), "white")
+    request = Request("single object", (Group("circle", 1, "red"),))
+    alone = Scene("single object", (things[0],), "white")
+    mended = Repair(crowd, alone, (Flaw("extra", seen=tuple(things[1:])),))
+    told = critique(mended, request)
+    assert f"there are {language.number(count - 1)} things too many" in told
+    rng = np.random.default_rng(0)
+    assert f"{word} red circles" in language.think(rng, crowd)
+    answers = dict(language.questions(rng, crowd, 5))
+    assert answers["how many things are there?"] == answers["how many circles are there?"] == f"{word}."
+    missing = Repair(alone, crowd, (Flaw("missing", wanted=tuple(things)),))
+    assert f"{word} things are missing" in critique(missing, request)
 
 
 def test_a_reflection_names_the_flaw_and_the_fix():

@@ -103,7 +103,7 @@ def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         case 1:
             shape = thing.shape if rng.random() < 0.7 else pick(rng, SHAPES)
             count = sum(other.shape == shape for other in scene.things)
-            return f"how many {plural(shape, 2)} are there?", f"{NUMBERS[count]}."
+            return f"how many {plural(shape, 2)} are there?", f"{number(count)}."
         case 2 if len(same) == 1:
             return f"what is the colour of the {thing.shape}?", f"{thing.colour}."
         case 3 if len(same) == 1:
@@ -118,7 +118,7 @@ def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
             return "what is the colour of the background?", f"{scene.background}."
         case 6 if len(there) == 1:
             return f"what is at the {where(thing)}?", f"{counted(1, thing.colour, thing.shape)}."
-    return "how many things are there?", f"{NUMBERS[len(scene.things)]}."
+    return "how many things are there?", f"{number(len(scene.things))}."
 
 
 def questions(rng: np.random.Generator, scene: Scene, num: int) -> list[tuple[str, str]]:
@@ -176,11 +176,16 @@ def attributes(rng: np.random.Generator | None, group: Group) -> list[str]:
     return [word for word in (size, group.texture, group.colour) if word]
 
 
+def number(count: int) -> str:
+    """A count in words; no scene has more than nine things, but a base model may draw them."""
+    return NUMBERS[count] if count < len(NUMBERS) else "many"
+
+
 def counted(count: int, *words: str) -> str:
     """("one", "orange", "ring") as "an orange ring", or with a number and a plural."""
     phrase = " ".join((*words[:-1], plural(words[-1], count)))
     if count > 1:
-        return f"{NUMBERS[count]} {phrase}"
+        return f"{number(count)} {phrase}"
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 

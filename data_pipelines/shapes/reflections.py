@@ -11,13 +11,13 @@ import numpy as np
 from data_pipelines.shapes.flaws import Flaw, Repair
 from data_pipelines.shapes.judge import fits, judge
 from data_pipelines.shapes.language import (
-    NUMBERS,
     ask_fully,
     attributes,
     counted,
     group_name,
     in_reading_order,
     listed,
+    number,
     plainly,
     tagged,
     told,
@@ -119,7 +119,7 @@ def _check_group(group: Group, shown: Scene) -> list[tuple[str, str, bool]]:
     alike = _alike(group, shown)
     fitting = [thing for thing in alike if fits(group, thing)]
     if group == Group(group.shape):
-        return [(f"how many {plural(group.shape, 2)} are there?", f"{_number(alike)}.", bool(alike))]
+        return [(f"how many {plural(group.shape, 2)} are there?", f"{number(len(alike))}.", bool(alike))]
     if group.count == 1:
         return [(f"is there {group_name(None, group)}?", "yes." if fitting else "no.", bool(fitting))]
     plain = Group(group.shape, group.count, group.colour)
@@ -129,7 +129,7 @@ def _check_group(group: Group, shown: Scene) -> list[tuple[str, str, bool]]:
 
 def _check_number(group: Group, found: Sequence[Thing]) -> tuple[str, str, bool]:
     name = " ".join((*attributes(None, group), plural(group.shape, 2)))
-    return (f"how many {name} are there?", _found(_number(found), NUMBERS[group.count]),
+    return (f"how many {name} are there?", _found(number(len(found)), number(group.count)),
             len(found) == group.count)
 
 
@@ -148,10 +148,6 @@ def _check_relation(request: Request, shown: Scene) -> list[tuple[str, str, bool
 def _alike(group: Group, shown: Scene) -> list[Thing]:
     return [thing for thing in shown.things
             if thing.shape == group.shape and group.colour in (None, thing.colour)]
-
-
-def _number(things: Sequence[Thing]) -> str:
-    return NUMBERS[min(len(things), len(NUMBERS) - 1)]
 
 
 def _found(found: str, wanted: str) -> str:
@@ -179,7 +175,7 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
         case "blob":
             return "shapes run into each other", "all things must stand by themselves", REDRAW
         case "missing" if len(wanted) > MAX_DRAWN:
-            return f"{NUMBERS[len(wanted)]} things are missing", "the picture must have all things", REDRAW
+            return f"{number(len(wanted))} things are missing", "the picture must have all things", REDRAW
         case "missing":
             goals = " and ".join(f"{counted(1, thing.colour, thing.shape)} at the {where(thing)}"
                                  for thing in flaw.wanted)
@@ -187,10 +183,10 @@ def _remedy(request: Request, flaw: Flaw, flawed: Scene, right: Scene) -> tuple[
             names = listed([counted(1, shape) for shape in wanted])
             return f"{names} {verb} missing", "the picture must have all things", f"draw {goals}"
         case "extra":
-            many = "is one thing" if len(seen) == 1 else f"are {NUMBERS[len(seen)]} things"
+            many = "is one thing" if len(seen) == 1 else f"are {number(len(seen))} things"
             count, shapes = len(right.things), {thing.shape for thing in right.things}
             name = plural(shapes.pop() if len(shapes) == 1 else "thing", count)
-            return (f"there {many} too many", f"there must be {NUMBERS[count]} {name}",
+            return (f"there {many} too many", f"there must be {number(count)} {name}",
                     f"remove {' and '.join(at[:MAX_REMOVED])}")
         case "background":
             return (f"the background is {flawed.background}",
