@@ -6,10 +6,12 @@ what it holds is noted beside it; a later run reads it once, compares its digest
 appears in DIR before everything is written and every record was found to be good.
 """
 
+import io
 import json
 import os
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from array_record.python import array_record_module
 
 from data_pipelines import tfds_builder
 from data_pipelines.config import DataConfig, GroupConfig
-from data_pipelines.digests import MANIFEST, file_sha256, read_recorded, write_json
+from data_pipelines.digests import MANIFEST, file_sha256, read_recorded, write_bytes, write_json
 from data_pipelines.inspection import (
     group_of,
     list_roles,
@@ -137,8 +139,10 @@ def _write_shard(shard: Shard) -> Written:
     _sync(temporary)
     done = Written(len(items), num_bytes, file_sha256(temporary), tuple(faults))
     os.replace(temporary, shard.path)
-    np.savez(shard.notes.with_suffix(".npz"), lengths=np.array([len(item) for item in items], np.int64),
+    costs = io.BytesIO()
+    np.savez(costs, lengths=np.array([len(item) for item in items], np.int64),
              items=np.concatenate(items or [np.zeros((0, ITEM), np.int32)]))
+    write_bytes(shard.notes.with_suffix(".npz"), costs.getvalue())    # on disk before its notes
     write_json(shard.notes, done._asdict())
     return done
 
@@ -172,7 +176,7 @@ def _read_notes(shard: Shard) -> Written | None:
         items, lengths = _load_items(shard)
         is_whole = len(lengths) == done.records and lengths.sum() == len(items)
         return done if is_whole and file_sha256(shard.path) == done.sha256 else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -143,6 +143,19 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_costs_that_a_machine_lost_at_its_end_are_measured_again(made, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(conversion, "_finish", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "data")
+    monkeypatch.undo()
+    empty, cut, *_ = sorted((tmp_path / ".data.progress").rglob("*.npz"))
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:-30])
+    assert run(made, tmp_path / "data") and contents(tmp_path / "data") == contents(made / "whole")
+
+
 def test_another_plan_starts_anew(made, tmp_path):
     """Shards of another configuration are not taken for this one's."""
     bad = spoilt_source(tmp_path)
