@@ -131,9 +131,11 @@ class DataConfig:
         names = [group.name for group in self.groups]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"groups are {names}; name at least one group, and each once")
-        for transform, patch in (("vae_transform", "latent_patch"), ("vit_transform", "vit_patch")):
-            if getattr(self, transform).stride % getattr(self, patch):
-                raise ValueError(f"{transform}.stride must be a multiple of {patch}")
+        for where, owner in (("", self), *((f"groups.{group.name}.", group) for group in self.groups)):
+            for name, patch in (("vae_transform", "latent_patch"), ("vit_transform", "vit_patch")):
+                transform = getattr(owner, name)    # a group may have none of its own
+                if transform and transform.stride % getattr(self, patch):
+                    raise ValueError(f"{where}{name}.stride must be a multiple of {patch}")
 
     @property
     def canvas(self) -> int:

@@ -44,6 +44,8 @@ def test_nested_values():
     (dict(text_tokens=0), "config data: text_tokens is 0; it must be positive"),
     (dict(latent_tokens=-1), "config data: latent_tokens is -1; it cannot be negative"),
     (dict(vit_patch=16), "config data: vit_transform.stride must be a multiple of vit_patch"),
+    (dict(groups={"full": {"weight": 1.0, "vit_transform": {"stride": 20, "max_size": 40, "min_size": 20}}}),
+     "config data: groups.full.vit_transform.stride must be a multiple of vit_patch"),
     (dict(vae_transform={"stride": 16, "max_size": 100, "min_size": 32}),
      "config data.vae_transform: max_size 100 must be a multiple of stride 16"),
 ])
