@@ -20,7 +20,7 @@ from array_record.python import array_record_module
 from data_pipelines.digests import read_recorded
 from data_pipelines.layout import INFO, SPLIT, TYPES
 from data_pipelines.records import ImagePart, Limits, Record, TextPart, image_part, text_part
-from data_pipelines.staging import fetch, find_origin
+from data_pipelines.staging import PARTIAL, fetch, find_origin
 from data_pipelines.stored_costs import load_costs
 
 _OPEN_FILES = 32  # ArrayRecord readers kept open
@@ -38,7 +38,8 @@ class ArrayRecordSource:
         """
         self.folder, self._mode, self._limits = pathlib.Path(folder), mode, limits
         self._staged = find_origin(self.folder.absolute())
-        present = sorted(path for path in self.folder.iterdir() if path.is_file())
+        present = sorted(path for path in self.folder.iterdir()
+                         if path.is_file() and not path.name.endswith(PARTIAL))    # another process may copy
         self.digest = read_recorded(self.folder, present, suffix="", may_lack=self._staged is not None).content
         self.files, lengths = list_shards(self.folder, may_lack=self._staged is not None)
         self._ends = list(itertools.accumulate(lengths))

@@ -38,7 +38,7 @@ from data_pipelines.layout import INFO
 _PIECE = 4 * 2**20   # bytes read at a time
 _RETRY_SECONDS = 60  # of one request to a bucket
 _LEVELS = 2          # a group's folder lies at most so far below its data set's
-_LOCK, _PARTIAL = ".staging.lock", ".staging.partial"
+_LOCK, PARTIAL = ".staging.lock", ".staging.partial"
 _ORIGIN = ".staging.json"  # where a folder was staged from, for what is still missing
 _SHARD = ".array_record-"  # in the name of each shard of a built data set
 
@@ -181,7 +181,7 @@ def _alone(folder: pathlib.Path) -> Iterator[None]:
     """One process of this host at a time; what a killed one had begun is removed."""
     with open(folder / _LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, however it ends
-        for partial in folder.rglob(f"*{_PARTIAL}"):
+        for partial in folder.rglob(f"*{PARTIAL}"):
             partial.unlink()
         yield
 
@@ -201,7 +201,7 @@ def _is_same(path: pathlib.Path, info: fs.FileInfo) -> bool:
 def _copy(system: fs.FileSystem, info: fs.FileInfo, path: pathlib.Path, digest: str | None, bar: tqdm) -> None:
     """One file, whole or not at all. Raises: ValueError naming it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial, found = path.with_name(path.name + _PARTIAL), hashlib.sha256()
+    partial, found = path.with_name(path.name + PARTIAL), hashlib.sha256()
     try:
         with system.open_input_stream(info.path) as source, open(partial, "wb") as target:
             while piece := source.read(_PIECE):

@@ -14,6 +14,7 @@ import pytest
 
 from data_cases import data_config, tokenizer, write_data_set
 from data_pipelines import staging
+from data_pipelines.array_records import ArrayRecordSource
 from data_pipelines.config import GroupConfig
 from data_pipelines.conversion import convert
 from data_pipelines.pipeline import make_iterator
@@ -186,6 +187,15 @@ def test_each_host_copies_the_shards_of_its_own_packs(built, tmp_path, workers):
         staged.close(), plain.close()
         shares.append(wanted)
     assert shares[0] != shares[1]
+
+
+def test_a_group_is_opened_while_another_process_copies_a_shard_into_it(built, tmp_path):
+    config = dataclasses.replace(built, stage_dir=str(tmp_path / "disk"), stage_steps=1)
+    first = make_iterator(config, tokenizer())
+    first.close()
+    folder = first.packs._sources["full"].folder
+    (folder / "full-train.array_record-00007-of-00030.staging.partial").write_bytes(b"half")
+    assert len(ArrayRecordSource(folder, mode="full")) == 120
 
 
 def test_a_shard_that_cannot_be_fetched_is_named(built, tmp_path):
