@@ -300,6 +300,12 @@ def test_how_an_endpoint_is_asked_does_not_decide_the_records(name):
     assert (one == other) == (name in MANNERS)
 
 
+def test_a_description_is_what_a_manifest_gives_back():
+    endpoint = {"url": "http://127.0.0.1/v1", "model": "critic", "options": {"stop": ("a", "b")}}
+    told = describe_config(from_config_dict(CurateConfig, {"prompts": "a", "critic": {"endpoint": endpoint}}))
+    assert told == json.loads(json.dumps(told)) and told["critic"]["endpoint"]["options"]["stop"] == ["a", "b"]
+
+
 def test_moved_inputs_are_the_same_inputs():
     """Their digests are recorded by themselves."""
     critic = {"endpoint": {"url": "http://127.0.0.1/v1", "model": "critic"}}

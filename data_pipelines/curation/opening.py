@@ -1,6 +1,7 @@
 """From the configuration to whoever does the work."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -62,9 +63,9 @@ def describe_config(config: CurateConfig) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             return {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)
                     if field.name not in _PLACES}
-        return list(value) if isinstance(value, tuple) else value
+        return value
 
-    return describe(config)
+    return json.loads(json.dumps(describe(config)))    # as a manifest gives it back: options may hold tuples
 
 
 def _open_critic(config: CurateConfig, templates: Templates, rules: Rules, connect: Connect) -> Critic:
