@@ -31,7 +31,7 @@ from data_pipelines.fingerprints import compare, describe_data, digest_values
 from data_pipelines.moments import Moments, describe
 from data_pipelines.packing import assemble, empty_pack
 from data_pipelines.planning import Entry, Planner
-from data_pipelines.samples import Cost, Item, realise
+from data_pipelines.samples import Cost, Draws, Item, cost_of, realise
 from data_pipelines.staging import stage_mixture
 from data_pipelines.system_prompts import name_system_prompt
 from data_pipelines.tokenizer import Tokenizer
@@ -147,19 +147,24 @@ class Packs:
             if cost.any() and (cost <= room).all():
                 yield candidate
 
-    def _cost(self, entry: Entry) -> np.ndarray:
-        """int [4]; zero for a record without items, which is bad or oversize."""
+    def _cost(self, entry: Entry, draws: Draws | None = None) -> np.ndarray:
+        """int [4]; zero for a record without items, which is bad or oversize. Drawing takes longest."""
         items = self.tables[entry.group].record(entry.index)
         if not len(items):
             return np.zeros(len(Cost._fields), np.int64)
-        draws = self.planner.draws(entry)
+        draws = draws or self.planner.draws(entry)
         return items[draws.chosen[draws.keep], 1:].sum(axis=0)
 
     def _realise(self, entry: Entry) -> list[Item]:
         record, moments = self._sources[entry.group][entry.index], self._moments[entry.group]
-        return realise(record, self.planner.draws(entry), self.config, self._tokenizer,
-                       group=self._groups[entry.group],
-                       moments=moments.of(entry.index, record) if moments else None)
+        draws = self.planner.draws(entry)
+        items = realise(record, draws, self.config, self._tokenizer, group=self._groups[entry.group],
+                        moments=moments.of(entry.index, record) if moments else None)
+        found, planned = cost_of(items, self.config), Cost(*self._cost(entry, draws).tolist())
+        if found != planned:    # no digest knows the images beside JSONL
+            raise ValueError(f"{record.place}: the record takes {found}, planned were {planned}: its images "
+                             "changed since; remove the cost tables in index_dir, or build the data set again")
+        return items
 
     def _open_moments(self, group: GroupConfig) -> Moments | None:
         if not self.config.moments:

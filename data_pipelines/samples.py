@@ -216,6 +216,22 @@ def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokeniz
     return items
 
 
+def cost_of(items: list[Item], config: DataConfig) -> Cost:
+    """What the items of a sample cost in a pack, which is what `measure` said if nothing changed since."""
+    text = vit = latent = num_images = 0
+    for item in items:
+        match item:
+            case Text():
+                text += len(item.ids) + BRACKETS
+            case ViTImage():
+                text, vit = text + BRACKETS, vit + item.image[..., 0].size // config.vit_patch**2
+            case VAEImage() | VAEMoments():
+                size = item.moments[..., 0].size if isinstance(item, VAEMoments) else (
+                    item.image[..., 0].size // config.latent_patch**2)
+                text, latent, num_images = text + BRACKETS, latent + size, num_images + 1
+    return Cost(text, vit, latent, num_images)
+
+
 def image_rule(kind: Kind, config: DataConfig, group: GroupConfig) -> tuple[ImageTransform, int, int]:
     """The transform, patch and position table side of an image item."""
     if kind == Kind.VIT:

@@ -14,6 +14,7 @@ from data_pipelines.faults import CAUSES, BadRecords, Fault, find_cause
 from data_pipelines.pipeline import make_iterator
 from data_pipelines.planning import Entry
 from data_pipelines.samples import Cost
+from kind_cases import write_kinds
 
 TOKENIZER = tokenizer()
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -60,6 +61,26 @@ def test_every_cause_is_told_counted_and_ends_a_run_that_allows_none(tmp_path, c
                                  "oversize_records": int(cause == "length")}
     assert {entry.index for i in range(40) for entry in iterator.packs.planner[i].entries} == {0, 1, 2, 3}
     assert caplog.text.count("row 4") == 1
+    iterator.close()
+
+
+def test_an_image_beside_jsonl_that_changed_its_size_is_a_bad_record(tmp_path):
+    """Costs are kept, and no digest knows the images: the plan has room for another one."""
+    group = next(group for group in write_kinds(tmp_path) if group.kind == "vision_language")
+    config = data_config(source=str(tmp_path), groups=(group,), index_dir=str(tmp_path / "index"))
+    make_iterator(config, TOKENIZER).close()
+    for name, size in ((3, 14), (5, 80)):
+        changed = encode_image(np.zeros((size, size, 3), np.uint8))
+        (tmp_path / "train" / "vision_language" / "images" / f"{name}.png").write_bytes(changed)
+    iterator = make_iterator(dataclasses.replace(config, max_bad_share=0.5), TOKENIZER)
+    for _ in range(6):
+        next(iterator)
+    assert iterator.counters == {"bad_records": 2, "bad_damage": 2, "oversize_records": 0}
+    iterator.close()
+    iterator = make_iterator(config, TOKENIZER)
+    with pytest.raises(ValueError, match="line .*: the record takes Cost.*, planned were .*the cost tables"):
+        for _ in range(6):
+            next(iterator)
     iterator.close()
 
 
