@@ -19,7 +19,8 @@ _CAUSES = {
     "size": r"is over (max_|the limit)|image over the limit|position table",
     "text": r"text is empty",
     "image": r"does not decode|not a readable|not base64|image mode",
-    "damage": r"damaged|cannot be read|(was|are) recorded|is not listed|does not exist|bytes, .* says|planned were",
+    "damage": r"damaged|cannot be read|(was|are) recorded|is not listed|does not exist|bytes, .* says|"
+              r"planned were",
 }
 CAUSES = (*_CAUSES, "form")
 

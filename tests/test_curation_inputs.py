@@ -23,10 +23,11 @@ from curation_cases import (
 from data_pipelines.check import Wish, check
 from data_pipelines.config import DataConfig, GroupConfig, from_config_dict
 from data_pipelines.curation import material
-from data_pipelines.curation.cases import read_lines
-from data_pipelines.curation.config import CurateConfig
+from data_pipelines.curation.cases import read_lines, screen
+from data_pipelines.curation.config import CurateConfig, FilterConfig
 from data_pipelines.curation.critics import show
 from data_pipelines.curation.curating import curate, prepare
+from data_pipelines.curation.filters import Rules
 from data_pipelines.curation.material import Picture, Rejected
 from data_pipelines.endpoints import encode
 from data_pipelines.images import decode_image
@@ -58,7 +59,7 @@ def test_prompts_are_read(tmp_path):
     assert (one.case.id, one.case.prompt, one.case.licence, one.image) == ("000001", "a cat", "CC0", "")
     assert (other.case.id, other.case.licence, other.image) == ("d", "MIT", "d.png")
     assert other.case.source == {"file": "prompts.jsonl", "line": 3, "source": "web"}
-    lines = read(tmp_path, "a cat\n\n {\"b\"}\r\n", "prompts.txt")
+    lines = read(tmp_path, "\ufeffa cat\n\n {\"b\"}\r\n", "prompts.txt")    # as some editors begin a file
     assert [line.case.prompt for line in lines] == ["a cat", '{"b"}']
 
 
@@ -101,6 +102,21 @@ def test_any_file_is_cases_or_a_sentence(tmp_path_factory, data):
         assert "any.jsonl" in str(error)
         return
     assert len({line.case.id for line in lines}) == len(lines) and all(line.case.prompt for line in lines)
+
+
+def test_what_was_rejected_makes_nothing_a_duplicate(tmp_path):
+    """A prompt whose image is a duplicate, and an image whose prompt the hook refuses, come again."""
+    for name in "abc":
+        Image.fromarray(picture(name)).save(tmp_path / f"{name}.png")
+    lines = read(tmp_path, "\n".join(json.dumps({"id": id_, "prompt": prompt, "image": f"{name}.png"}) for
+                                     id_, prompt, name in (("1", "a cat", "a"), ("2", "a dog", "a"),
+                                                           ("3", "a dog", "b"), ("4", "no!", "c"),
+                                                           ("5", "a cow", "c"))))
+    rules = Rules(FilterConfig(min_side=1), (), lambda prompt, texts, images: "no" if prompt == "no!" else "")
+    screened = screen(lines, folder=tmp_path, rules=rules)
+    assert [case.id for case in screened.cases] == ["1", "3", "5"]
+    assert [(one.id, one.cause) for one in screened.rejections] == [
+        ("2", "duplicate_image"), ("4", "safety: no")]
 
 
 def curated(config, out):

@@ -223,15 +223,20 @@ def test_near_duplicates_are_those_of_a_plain_loop(prints, near):
         assert seen.check_image(str(number), one) == ("near_duplicate_image" if is_near else "")
         if not is_near:
             kept.append(one)
+            seen.take_image(str(number), one)
 
 
 def test_many_images_and_prompts_are_remembered():
     seen = Seen(0)
-    assert [seen.check_image(str(n), n) for n in range(3000)] == [""] * 3000
+    for n in range(3000):
+        assert seen.check_image(str(n), n) == ""
+        seen.take_image(str(n), n)
     assert seen.check_image("17", 9999) == "duplicate_image"
     assert seen.check_image("x", 2999) == "near_duplicate_image"
-    assert [seen.check_prompt(one) for one in ("A cat", " a  CAT. ", "a cat?", "a cat!b", '"a cat"')] == [
-        "", "duplicate_prompt", "duplicate_prompt", "", "duplicate_prompt"]
+    assert seen.check_prompt("A cat") == seen.check_prompt("A cat") == ""    # looked at, and not taken
+    seen.take_prompt("A cat")
+    assert [seen.check_prompt(one) for one in (" a  CAT. ", "a cat?", "a cat!b", '"a cat"')] == [
+        "duplicate_prompt", "duplicate_prompt", "", "duplicate_prompt"]
 
 
 @pytest.mark.parametrize("key", range(20))

@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 class Screened(NamedTuple):
-    """Cases that are worth asking for, those that are not, and what was seen of all."""
+    """Cases that are worth asking for, those that are not, and what was seen of the former."""
 
     cases: list[Case]
     rejections: list[Rejection]
@@ -51,7 +51,7 @@ def read_lines(path: str | pathlib.Path, *, licence: str = "") -> list[Line]:
     """
     path = pathlib.Path(path)
     try:
-        texts = path.read_bytes().decode("utf-8").split("\n")
+        texts = path.read_bytes().decode("utf-8-sig").split("\n")    # with or without the mark of some editors
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the prompts cannot be read ({error})") from error
     read = _read_json if path.suffix == ".jsonl" else _read_text
@@ -77,16 +77,20 @@ def screen(lines: Sequence[Line], *, folder: str | pathlib.Path, rules: Rules) -
         cause, told = check_prompt(case.prompt, rules.config), ""
         if not cause and isinstance(image, Rejected):
             cause, told = image.cause, image.told
-        cause = cause or seen.check_prompt(case.prompt)    # of those whose image is sound
-        if not cause and isinstance(image, Picture):
+        cause = cause or seen.check_prompt(case.prompt)
+        is_pair = isinstance(image, Picture)
+        if not cause and is_pair:
             cause = seen.check_image(image.sha256, image.look.fingerprint)
+        cause = cause or rules.judge_safety(case.prompt, (), ())
+        if cause:    # and what is like it may still be taken
+            rejections.append(Rejection(case.id, "case", cause, told))
+            continue
+        seen.take_prompt(case.prompt)
+        if is_pair:
+            seen.take_image(image.sha256, image.look.fingerprint)
             # What was seen of it is 4 KiB, and there may be a million.
             case = dataclasses.replace(case, image=dataclasses.replace(image, known=None))
-        cause = cause or rules.judge_safety(case.prompt, (), ())
-        if cause:
-            rejections.append(Rejection(case.id, "case", cause, told))
-        else:
-            cases.append(case)
+        cases.append(case)
     return Screened(cases, rejections, seen)
 
 

@@ -61,6 +61,7 @@ class Collector:
                 self.rejections[len(self.rejections) - len(gathered.rejections):] = [
                     Rejection(gathered.case.id, CASE, cause)]
                 return
+            self._seen.take_image(gathered.material.image.sha256, gathered.fingerprint)
         self.told["partly" if gathered.rejections else "whole"] += 1
         for mode in gathered.modes:
             self.add_row(mode, tell(gathered, mode))

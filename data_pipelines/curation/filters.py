@@ -104,7 +104,7 @@ def check_quality(score: float, config: FilterConfig) -> str:
 
 
 class Seen:
-    """What was seen before; to be asked in the order of the cases, by one thread."""
+    """What was taken before; to be asked in the order of the cases, by one thread."""
 
     def __init__(self, near_bits: int):
         """Args: near_bits as of `FilterConfig`."""
@@ -115,23 +115,32 @@ class Seen:
 
     def check_prompt(self, prompt: str) -> str:
         """Of prompts that differ in capitals, spaces and punctuation at the ends, the first is new."""
-        key = " ".join(prompt.casefold().split()).strip(" .!?,;:\"'")
-        return _first("duplicate_prompt", key, self._prompts)
+        return "duplicate_prompt" if _fold(prompt) in self._prompts else ""
 
     def check_image(self, sha256: str, bits: int) -> str:
         """Args: the digest of an image's bytes, and its fingerprint."""
         if self._near_bits < 0:
             return ""
-        if cause := _first("duplicate_image", sha256, self._digests):
-            return cause
+        if sha256 in self._digests:
+            return "duplicate_image"
         differing = np.bitwise_count(self._prints[:self._count] ^ np.uint64(bits))
         if self._count and differing.min() <= self._near_bits:
             return "near_duplicate_image"
+        return ""
+
+    def take_prompt(self, prompt: str) -> None:
+        """From here on another one like it is a duplicate."""
+        self._prompts.add(_fold(prompt))
+
+    def take_image(self, sha256: str, bits: int) -> None:
+        """As `take_prompt`; args as of `check_image`."""
+        if self._near_bits < 0:
+            return
+        self._digests.add(sha256)
         if self._count == len(self._prints):
             self._prints = np.concatenate([self._prints, np.zeros_like(self._prints)])
         self._prints[self._count] = bits
         self._count += 1
-        return ""
 
 
 def load_safety(name: str) -> Safety | None:
@@ -149,11 +158,8 @@ def load_safety(name: str) -> Safety | None:
     return found
 
 
-def _first(cause: str, key: str, known: set[str]) -> str:
-    if key in known:
-        return cause
-    known.add(key)
-    return ""
+def _fold(prompt: str) -> str:
+    return " ".join(prompt.casefold().split()).strip(" .!?,;:\"'")
 
 
 def _bare(text: str, headings: Sequence[str]) -> str:
