@@ -313,14 +313,17 @@ def shapes_inputs(folder, num):
     return lines
 
 
+SHAPES_FILTERS = {"min_side": 0, "max_similarity": 1.0, "near_bits": -1, "min_thought_chars": 1,
+                  "min_reflection_chars": 1, "min_quality": 9.0}
+
+
 def test_the_shapes_world_is_curated_by_the_same_command(tmp_path):
     """First rounds are looked at by the detector; what the renderer paints fulfils the prompt."""
     lines = shapes_inputs(tmp_path, 40)
     config = from_config_dict(CurateConfig, {
         "prompts": str(tmp_path / "prompts.jsonl"), "licence": "Apache-2.0", "suffix": "",
         "sketcher": {"kind": "folder", "folder": str(tmp_path / "first")}, "painter": {"kind": "shapes"},
-        "critic": {"kind": "shapes"}, "filters": {"min_side": 0, "max_similarity": 1.0, "near_bits": -1,
-        "min_thought_chars": 1, "min_reflection_chars": 1, "min_quality": 9.0}})
+        "critic": {"kind": "shapes"}, "filters": SHAPES_FILTERS})
     done = curated(config, tmp_path / "data")
     assert done.rejections.pop("held_out") >= 1 and done.cases["whole"] >= 30 and not done.rejections
     wanted = {line["prompt"]: Request.from_json(line["request"]) for line in lines}
@@ -339,6 +342,18 @@ def test_the_shapes_world_is_curated_by_the_same_command(tmp_path):
     again = tmp_path / "again"
     curated(config, again)
     assert contents(again) == contents(tmp_path / "data")
+
+
+def test_a_picture_that_is_not_square_is_a_cause_of_the_shapes_world(tmp_path):
+    shapes_inputs(tmp_path, 4)
+    Image.new("RGB", (64, 48)).save(tmp_path / "first" / "0001" / "turn1.png")
+    config = from_config_dict(CurateConfig, {
+        "prompts": str(tmp_path / "prompts.jsonl"), "licence": "Apache-2.0", "suffix": "",
+        "sketcher": {"kind": "folder", "folder": str(tmp_path / "first")}, "painter": {"kind": "shapes"},
+        "critic": {"kind": "shapes"}, "filters": SHAPES_FILTERS})
+    assert curated(config, tmp_path / "data").cases["whole"] >= 2
+    assert told(tmp_path / "data")["000002"]["cause"] == "not_square"
+    assert told(tmp_path / "data")["000002"]["told"] == "64 x 48 pixels"
 
 
 @pytest.mark.parametrize("line, sentence", [({"prompt": "a"}, "lacks the field 'request'"),

@@ -119,6 +119,12 @@ def understand(case: Case, rng: np.random.Generator) -> ShapesCase:
 
 
 def _look(request: Request, pixels: np.ndarray) -> tuple[Scene, int]:
-    """What the detector sees in an image, and how many regions it cannot name."""
+    """What the detector sees in an image, and how many regions it cannot name.
+
+    Raises: Rejected if the image is not square: the detector knows no other.
+    """
+    height, width = pixels.shape[:2]
+    if height != width:
+        raise Rejected("not_square", f"{width} x {height} pixels")
     things, num_blobs = survey(pixels)
     return Scene(request.category, tuple(things), detect_background(pixels)), num_blobs
