@@ -27,6 +27,7 @@ from data_pipelines.curation.material import Case, Picture, Rejected
 from data_pipelines.curation.opening import describe_config
 from data_pipelines.curation.templates import FOLDER, load_templates, read_reflection, read_score, read_thought
 from data_pipelines.endpoints import Reply
+from data_pipelines.system_prompts import load_system_prompt
 
 CONFIG = FilterConfig()
 RULES = Rules(CONFIG, HEADINGS)
@@ -43,6 +44,10 @@ def test_the_shipped_templates():
     assert "A $5 cat" in asked and "Think {of} it" in asked and all(f"### {one}" in asked for one in HEADINGS)
     assert templates.think.substitute(prompt="x $y").count("x $y") == 1
     assert sorted(templates.digests) == sorted(path.name for path in FOLDER.glob("*.txt"))
+
+
+def test_the_shipped_system_prompt_is_the_same_as_a_file_of_a_config():
+    assert load_system_prompt(f"@{FOLDER / 'system_prompt.txt'}") == load_templates().words.system_prompt
 
 
 def changed(folder, name, text):
@@ -105,6 +110,13 @@ def test_reflections_are_read_however_they_are_dressed(parts, dress, has_colon):
         read = read_reflection(answer, HEADINGS)
         assert read == f"<think>{parts[0]}\n\n{canonical}</think>"
         assert check_template(read, HEADINGS) == "" and read_reflection(read, HEADINGS) == read
+
+
+def test_a_part_may_have_headings_of_its_own():
+    told = reflection("a cat").replace("1. Move", "#### 1. Light\n1. Move")
+    told = told.replace("2. Sh", "### 2. Edges\n2. Sh")
+    read = read_reflection(told, HEADINGS)
+    assert "\n#### 1. Light\n" in read and "\n### 2. Edges\n" in read and RULES.judge_reflection(read) == ""
 
 
 def mutants(parts):

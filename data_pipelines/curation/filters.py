@@ -71,16 +71,16 @@ def check_mentions(text: str, what: str, patterns: Sequence[str]) -> str:
 
 
 def check_template(reflection: str, headings: Sequence[str]) -> str:
-    """All parts in one pair of think tags, each heading once and in order."""
+    """All parts in one pair of think tags, each heading once and in order; others are the parts' own."""
     if not (reflection.startswith("<think>") and reflection.endswith("</think>")):
         return "template"
     inside = reflection[len("<think>"):-len("</think>")]
-    marks = [line.strip() for line in inside.splitlines() if line.startswith(MARK)]
+    wanted = [f"{MARK} {heading}" for heading in headings]
     try:
         split_parts(inside, tuple(headings))
     except ValueError:
         return "template"
-    is_whole = marks == [f"{MARK} {heading}" for heading in headings] and "think>" not in inside
+    is_whole = [line for line in inside.splitlines() if line in wanted] == wanted and "think>" not in inside
     return "" if is_whole else "template"
 
 

@@ -1,6 +1,6 @@
 """The wording, in files that may be changed: what is asked of painter and critic, and what records say alike.
 
-    system_prompt.txt    opens every record; an empty file: none does
+    system_prompt.txt    opens every record, but for line breaks at its end; an empty file: none does
     how_to_think.txt     the question of initial_thinking_understanding
     how_to_improve.txt   the question of improving_thinking_understanding
     headings.txt         three lines: the headed parts of a reflection
