@@ -16,6 +16,7 @@ from irg_jax.models.layers import lookup, matmul
 from irg_jax.parallel.collectives import find_collectives, total_by_kind
 from irg_jax.parallel.hlo import Module
 from irg_jax.parallel.sharding import BATCH_AXES, MeshConfig, make_mesh
+from irg_jax.parallel.shards import Axes, per_shard
 
 LENGTHS, PAST, HEADS, KEY_HEADS = (8, 12, 20), 6, 6, 2
 
@@ -64,6 +65,19 @@ def test_any_mesh(config, with_past):
         got = jax.jit(attend_and_back)(*split, *rest)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_an_empty_stream_passes_by_what_each_device_does():
+    """jaxlib 0.11.2 crashes where one passes through."""
+    streams = (jnp.arange(12.0).reshape(4, 3), jnp.zeros((4, 0)), jnp.ones((4, 2, 0), jnp.int32))
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])):
+        doubled = per_shard(lambda streams: tuple(2 * x for x in streams), (Axes("packs"),), Axes("packs"))
+        out = jax.jit(doubled)(streams)
+        [each] = [one for one in jax.make_jaxpr(doubled)(streams).eqns if one.primitive.name == "shard_map"]
+    assert [x.aval.shape for x in (*each.invars, *each.outvars)] == [(4, 3), (4, 3)]
+    for one, stream in zip(out, streams, strict=True):
+        assert (one.shape, one.dtype) == (stream.shape, stream.dtype)
+        np.testing.assert_array_equal(one, 2 * stream)
 
 
 def test_the_work_for_hopper_gpus_is_each_devices_own(monkeypatch):

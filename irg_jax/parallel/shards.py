@@ -65,7 +65,33 @@ def per_shard(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
         return function
     specs = lambda tree: jax.tree.map(_spec, tree, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     # What is gathered is equal on all devices; the check would want to be told so.
-    return jax.shard_map(function, in_specs=specs(in_axes), out_specs=specs(out_axes), check_vma=False)
+    mapped = functools.partial(jax.shard_map, in_specs=specs(in_axes), out_specs=specs(out_axes),
+                               check_vma=False)
+
+    def call(*arguments):
+        return (mapped(function) if all(x.size for x in jax.tree.leaves(arguments)) else
+                _keep_empty_out(function, mapped))(*arguments)
+    return call
+
+
+def _keep_empty_out(function: Callable, mapped: Callable) -> Callable:
+    """`mapped` with arrays that hold nothing, an empty stream's, made on either side of it.
+
+    The compiler of jaxlib 0.11.2 crashes where such arrays pass a shard_map (docs/log.md, 2026-11-28).
+    """
+    held = lambda tree: jax.tree.map(lambda x: x if x.size else None, tree)
+    filled = lambda tree, shapes: jax.tree.map(
+        lambda shape, x: jnp.zeros(shape.shape, shape.dtype) if x is None else x, shapes, tree)
+
+    def call(*arguments):
+        inner = []
+
+        def look(*parts):
+            inner.append(jax.tree.map(jax.typeof, parts))
+            return function(*parts)
+        outer = jax.eval_shape(mapped(look), *arguments)
+        return filled(mapped(lambda *parts: held(function(*filled(parts, inner[0]))))(*held(arguments)), outer)
+    return call
 
 
 def share_out(function: Callable, rows: Any, name: str) -> Any:
