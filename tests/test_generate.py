@@ -251,6 +251,7 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoin
 
 def test_another_evaluation_is_not_mixed_into_a_folder(prompts, checkpoints, tmp_path):
     out = tmp_path / "eval"
+    open_recorder(out, prompts)    # a kill before the first batch has ended
     recorder = open_recorder(out, prompts)
     recorder.identify("base", {"path": "a", "sha256": "1"})
     recorder.save()

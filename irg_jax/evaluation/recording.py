@@ -1,6 +1,6 @@
 """Writes the folder of an evaluation, so that it can be interrupted anywhere.
 
-    progress.json   what is evaluated, and the time spent on it so far
+    progress.json   written first: what is evaluated, and the time spent on it so far
     images/*.png    written before the line that names them
     results.jsonl   one line a (prompt, system), appended as they come
     manifest.json   written once all lines are there; `results.py` reads nothing without it
@@ -34,11 +34,13 @@ class Recorder:
         if (self.folder / PROGRESS).exists():
             self._state |= _read(self.folder / PROGRESS)
             self._compare(self._state["identity"], identity)
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name != _partial(PROGRESS) for path in self.folder.iterdir()):
             raise ValueError(f"{str(folder)!r} holds something else than an evaluation (it has no "
                              f"{PROGRESS}); choose another --out")
-        (self.folder / IMAGES).mkdir(parents=True, exist_ok=True)
         self.done = set(self._recover())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.save()   # before anything else is there: it tells an evaluation from something else
+        (self.folder / IMAGES).mkdir(exist_ok=True)
         self.is_complete = (self.folder / MANIFEST).exists()
 
     def identify(self, name: str, checkpoint: Mapping[str, str]) -> None:
@@ -107,6 +109,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, values: dict[str, Any]) -> None:
     """A reader sees the old file or the new one, never half of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(_partial(path.name))
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def _partial(name: str) -> str:
+    return f".{name}.partial"
