@@ -63,7 +63,13 @@ def test_greedy_equals_a_plain_loop_and_stops_where_the_text_ends():
         length = ids.index(eos) if eos in ids else LONGEST
         assert int(stopped.lengths[i]) == length
         assert np.asarray(stopped.ids[i, :length]).tolist() == ids[:length]
-    assert int(stopped.lengths[0]) < LONGEST
+        assert bool(stopped.is_done[i]) == (eos in ids)
+    assert int(stopped.lengths[0]) < LONGEST and not written.is_done.any()
+
+    # Its end comes right after the last token that is allowed.
+    longest = int(stopped.lengths[0])
+    edge = write([0], [0], TextConfig(max_length=longest, do_sample=False), eos=eos)
+    assert int(edge.lengths[0]) == longest and bool(edge.is_done[0])
 
 
 def test_a_text_goes_on_where_its_context_was_full():

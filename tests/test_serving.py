@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from irg_jax.sampling.modes import ModeConfig, infer
 from irg_jax.sampling.trajectory import Generator
 from irg_jax.serving.config import ServeConfig
 from irg_jax.serving.engine import PATIENCE, Task, batch_sizes, choose
+from irg_jax.serving.requests import Reader
 from sampling_cases import SETTINGS, make_model
 from serving_cases import (
     CHAT,
@@ -217,10 +219,12 @@ def test_a_full_queue_is_told_and_those_in_it_are_answered(held):
 
 
 def test_who_goes_away_or_takes_too_long_makes_room(held):
-    with served(held, ServeConfig(max_batch=1, max_active=1, timeout_seconds=2.0)) as address:
+    with served(held, ServeConfig(max_batch=1, max_active=1, max_queue=1, timeout_seconds=2.0)) as address:
         for stream in (False, True):
             with pytest.raises(httpx2.TimeoutException):
                 httpx2.post(address + DRAW, json=PLAIN | {"stream": stream}, timeout=1)
+            # The step of the first is still going on.
+            wait_until(lambda: figures_of(address)["irg_waiting_trajectories"] == 0)
         slow = httpx2.post(address + DRAW, json=PLAIN, timeout=60)
         assert slow.status_code == 504 and "timeout_seconds" in slow.text
         streamed = httpx2.post(address + DRAW, json=PLAIN | {"stream": True}, timeout=60)
@@ -242,11 +246,36 @@ def test_a_step_that_fails_is_told_to_those_it_met_alone(held, caplog):
 
 
 def test_settings_that_compile_anew_are_limited(generator):
-    with served(generator, ServeConfig(max_settings=5)) as address:
-        texts = [httpx2.post(address + DRAW, json=PLAIN | {"cfg_text_scale": 2.0 + scale}, timeout=100).text
-                 for scale in range(3)]
-        assert "b64_json" in texts[0] and "max_settings" in texts[-1]
-        assert "b64_json" in httpx2.post(address + DRAW, json=PLAIN | {"cfg_text_scale": 2.0}, timeout=100).text
+    with served(generator, ServeConfig(max_settings=1)) as address:
+        asked = {"cfg_text_scale": 2.0}, {"cfg_text_scale": 3.0}, {"cfg_text_scale": 2.0}, {}
+        texts = [httpx2.post(address + DRAW, json=PLAIN | more, timeout=100).text for more in asked]
+        assert ["b64_json" in text for text in texts] == [True, False, True, True]
+        assert "max_settings" in texts[1]
+
+
+def test_what_is_configured_or_not_compiled_takes_no_place(generator):
+    reader = Reader(generator, dataclasses.replace(LIMITS, max_settings=2))
+    draw = lambda **fields: reader.read_image_request({"prompt": "a", **fields}, 0, is_edit=False)
+    chat = lambda **fields: reader.read_chat_request({"messages": [{"content": "a"}], **fields}, 0)
+    for temperature in (0.1, 0.2, 0.3):   # one way: nothing is sampled
+        draw(do_sample=False, text_temperature=temperature)
+    chat(temperature=0)
+    draw(think=False, cfg_text_scale=2.0, text_temperature=0.5)   # one more, as it writes no text
+    for refused in (lambda: draw(text_temperature=0.5), lambda: chat(max_tokens=3), lambda: draw(size="32x16")):
+        with pytest.raises(ValueError, match="max_settings"):
+            refused()
+    for plain in (draw(), draw(think=False), draw(size="48x32"), chat(), chat(temperature=0)):
+        assert plain.n == 1
+
+
+def test_tokens_of_a_chat_are_counted_without_the_opening_bracket(generator):
+    chat = lambda length: Reader(generator, LIMITS).read_chat_request(
+        {"messages": [{"content": "a"}], "max_tokens": length}, 0)
+    assert chat(3).mode.max_think_token_n == 4
+    assert chat(9).mode.max_think_token_n == generator.config.text.max_length == 10
+    for length in (0, 10):
+        with pytest.raises(ValueError, match=f"a text of {length} tokens .* at most 9"):
+            chat(length)
 
 
 def test_the_command_finishes_what_it_has_when_it_is_ended(tmp_path):

@@ -67,9 +67,13 @@ class ModeConfig:
         return _replace(settings, {name: getattr(self, name) for name in names})
 
     def text(self, settings: TextConfig) -> TextConfig:
-        """The settings of a text, with what is given here."""
+        """The settings of a text, with what is given here.
+
+        Where nothing is sampled the temperature stays: it is not read, and another would be compiled anew.
+        """
+        is_sampled = settings.do_sample if self.do_sample is None else self.do_sample
         return _replace(settings, {"max_length": self.max_think_token_n, "do_sample": self.do_sample,
-                                   "temperature": self.text_temperature})
+                                   "temperature": self.text_temperature if is_sampled else None})
 
 
 def infer(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig = ModeConfig(), *,
@@ -105,7 +109,7 @@ def converse(generator: Generator, conversation: Conversation, mode: ModeConfig,
     if not conversation:
         raise ValueError("a conversation is empty; say or show something")
     height, width = yield from _read(generator, conversation, mode, seed)
-    shown = _count_images(conversation)   # settings count images shown, too
+    shown = count_images(conversation)   # settings count images shown, too
     turns: list[Turn] = []
     for number in range(mode.num_turns):
         if number:
@@ -170,13 +174,13 @@ def _look_again(generator: Generator, conversation: Conversation, mode: ModeConf
         yield Step(steps.look, turns[-1].image, shape=generator.sizes_seen(turns[-1].image))
         return
     yield from _read(generator, conversation, mode, seed)
-    for number, turn in enumerate(turns[first:], _count_images(conversation) + first):
+    for number, turn in enumerate(turns[first:], count_images(conversation) + first):
         # What is drawn at random is that of the turn's own number.
         yield Step(steps.recall, turn.text, (number,))
         yield Step(steps.look, turn.image, shape=generator.sizes_seen(turn.image))
 
 
-def _count_images(conversation: Conversation) -> int:
+def count_images(conversation: Conversation) -> int:
     return sum(not isinstance(item, str) for item in conversation)
 
 

@@ -147,10 +147,9 @@ def look(generator: Generator, state: State, images: list[np.ndarray]) -> tuple[
 
 
 def write(generator: Generator, state: State, _: list, settings: TextConfig) -> tuple[State, Results]:
-    """Writes the next text. Result: it, and whether it ended before its greatest length."""
+    """Writes the next text. Result: it, and whether it ended by itself."""
     written = generator.write(state, settings=settings)
-    has_ended = (np.asarray(written.lengths) < settings.max_length).tolist()
-    return state, list(zip(generator.decode(written), has_ended, strict=True))
+    return state, list(zip(generator.decode(written), np.asarray(written.is_done).tolist(), strict=True))
 
 
 def think(generator: Generator, state: State, texts: list[str]) -> tuple[State, Results]:

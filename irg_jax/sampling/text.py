@@ -18,11 +18,13 @@ from irg_jax.sampling.config import TextConfig
 class Written(NamedTuple):
     """Texts as they were fed back: the opening bracket first, the closing one left out.
 
-    Of each row the first `lengths` count. `logits` follow each of these tokens; None unless asked.
+    Of each row the first `lengths` count; those that are not `is_done` were cut there. `logits` follow each of
+    these tokens; None unless asked.
     """
 
     ids: Int[Array, "B M"]
     lengths: Int[Array, "B"]
+    is_done: Bool[Array, "B"]    # the closing bracket came
     logits: Float[Array, "B M W"] | None
 
 
@@ -34,7 +36,6 @@ class Writing(NamedTuple):
 
     step: Int[Array, ""]         # tokens of each text so far
     token: Int[Array, "B"]       # the next ones to be read
-    is_done: Bool[Array, "B"]
     written: Written
 
 
@@ -42,8 +43,9 @@ def begin_text(batch: int, *, bos: int, config: TextConfig, vocab_size: int | No
     """Nothing is written yet. Logits are kept if `vocab_size` is given."""
     shape = (batch, config.max_length)
     logits = None if vocab_size is None else jnp.zeros((*shape, vocab_size))
-    written = Written(jnp.zeros(shape, jnp.int32), jnp.zeros((batch,), jnp.int32), logits)
-    return Writing(jnp.int32(0), jnp.full((batch,), bos, jnp.int32), jnp.zeros((batch,), bool), written)
+    written = Written(jnp.zeros(shape, jnp.int32), jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool),
+                      logits)
+    return Writing(jnp.int32(0), jnp.full((batch,), bos, jnp.int32), written)
 
 
 def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B"], *, eos: int,
@@ -53,17 +55,18 @@ def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B
     A text depends on its key and its context, not on its neighbours, nor on where contexts were full.
     """
     def body(state: tuple[Context, Writing]) -> tuple[Context, Writing]:
-        context, (step, token, is_done, written) = state
+        context, (step, token, written) = state
         context, hidden = append_text(model, context, token[:, None], jnp.ones_like(token))
         logits = model.logits(hidden)[:, 0]
         following = _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), config)
-        written = Written(written.ids.at[:, step].set(token), written.lengths + ~is_done,
+        written = Written(written.ids.at[:, step].set(token), written.lengths + ~written.is_done,
+                          written.is_done | (following == eos),
                           None if written.logits is None else written.logits.at[:, step].set(logits))
-        return context, Writing(step + 1, following, is_done | (following == eos), written)
+        return context, Writing(step + 1, following, written)
 
     def is_going(state: tuple[Context, Writing]):
         context, writing = state
-        return ((writing.step < config.max_length) & ~jnp.all(writing.is_done)
+        return ((writing.step < config.max_length) & ~jnp.all(writing.written.is_done)
                 & (context.view.length < context.view.capacity))
     view = context.view._replace(length=jnp.asarray(context.view.length, jnp.int32))
     return jax.lax.while_loop(is_going, body, (context._replace(view=view), writing))

@@ -211,7 +211,7 @@ class Generator:
         while True:
             context, writing = self._run(programs.write, context, writing, keys, eos=self.tokenizer.eos,
                                          settings=settings)
-            if writing.step == settings.max_length or np.all(writing.is_done):
+            if writing.step == settings.max_length or np.all(writing.written.is_done):
                 return writing.written
             context = cache.enlarge(context, context.view.capacity + multiple)
 

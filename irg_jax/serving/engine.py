@@ -72,6 +72,9 @@ class Engine:
         with self._changed:
             for task in tasks:
                 task.is_cancelled = True
+            # At once: a step may take long, and who comes meanwhile is to find the room.
+            self._waiting = collections.deque(task for task in self._waiting if not task.is_cancelled)
+            self._watch()
             self._changed.notify()
 
     def close(self) -> None:
@@ -99,7 +102,6 @@ class Engine:
         """Waits for something to do; False if there will be nothing more."""
         with self._changed:
             while True:
-                self._waiting = collections.deque(task for task in self._waiting if not task.is_cancelled)
                 self._active = [task for task in self._active if not task.is_cancelled]
                 while self._waiting and len(self._active) < self._config.max_active:
                     self._active.append(self._waiting.popleft())

@@ -15,7 +15,8 @@ import numpy as np
 
 from data_pipelines.config import from_config_dict, nearest
 from data_pipelines.images import decode_image, resize
-from irg_jax.sampling.modes import Conversation, ModeConfig, check_thinking
+from irg_jax.sampling.config import SamplingConfig
+from irg_jax.sampling.modes import Conversation, ModeConfig, check_thinking, count_images
 from irg_jax.sampling.trajectory import Generator, Given
 from irg_jax.serving.config import ServeConfig
 
@@ -24,6 +25,7 @@ SEEDS = 2**32
 # Of the model and how it draws; the rest of a body is the request's own.
 SETTINGS = tuple(field.name for field in dataclasses.fields(ModeConfig)
                  if field.name not in ("understanding_output", "image_shape"))
+_OPENING = 1    # the bracket before a text: `max_think_token_n` counts it, as BAGEL does, `max_tokens` does not
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,")
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
@@ -85,7 +87,12 @@ class Reader:
     """Makes what is wanted of bodies, within the limits of a server."""
 
     def __init__(self, generator: Generator, config: ServeConfig):
-        self._generator, self._config, self._settings = generator, config, set()
+        self._generator, self._config = generator, config
+        known = generator.config
+        # What is configured is for everybody, whatever others have asked for.
+        self._configured = {known.text, known.turn1, known.turn2, (known.height, known.width),
+                            generator.sizes_seen(None)}
+        self._settings: set[Hashable] = set()
         self._lock = threading.Lock()   # bodies are read by several threads
 
     def read_image_request(self, fields: Mapping[str, Any], random_seed: int, *, is_edit: bool) -> Wanted:
@@ -121,7 +128,7 @@ class Reader:
         body = _convert(ChatBody, fields)
         length = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         mode = _convert(ModeConfig, {
-            "understanding_output": True, "max_think_token_n": length,
+            "understanding_output": True, "max_think_token_n": None if length is None else length + _OPENING,
             "do_sample": None if body.temperature is None else body.temperature > 0,
             "text_temperature": body.temperature or None})
         conversation = self._read_messages(body.messages)
@@ -177,7 +184,7 @@ class Reader:
         return text
 
     def _checked(self, wanted: Wanted) -> Wanted:
-        """Of what decides what is compiled, no more than `max_settings` ways are ever admitted."""
+        """Of what decides what is compiled, `max_settings` ways are admitted beside the configured ones."""
         mode, config = wanted.mode, self._generator.config
         said = [item for item in wanted.conversation if isinstance(item, str)]
         self._limit("prompt, tokens of all", sum(len(self._generator.tokenizer.encode(text)) for text in said),
@@ -185,34 +192,46 @@ class Reader:
         self._limit("num_turns", mode.num_turns, "max_turns")
         self._limit("num_timesteps", mode.num_timesteps or 0, "max_timesteps")
         check_thinking(mode, config)
-        length = mode.max_think_token_n
-        if length is not None and not 1 <= length <= config.text.max_length:
-            raise ValueError(f"a text of {length} tokens (field 'max_think_token_n', of a chat 'max_tokens') "
-                             f"is asked for; use at least 1, and at most {config.text.max_length}")
+        length, opening = mode.max_think_token_n, _OPENING if mode.understanding_output else 0
+        if length is not None and not opening < length <= config.text.max_length:
+            raise ValueError(f"a text of {length - opening} tokens (field 'max_think_token_n', of a chat "
+                             "'max_tokens') is asked for; use at least 1, and at most "
+                             f"{config.text.max_length - opening}")
         try:
-            text = mode.text(config.text)
-            flows = {mode.flow(flow) for flow in (config.turn1, config.turn2)}
+            ways = _find_ways(wanted, config)
         except ValueError as error:
             raise ValueError(f"a field is out of range: {error}") from error
         if mode.image_shape:
             self._generator.check_size(*mode.image_shape)
-        seen = {self._generator.sizes_seen(resize(item, config.vae_transform))
-                for item in wanted.conversation if not isinstance(item, str)}
+            ways.add(mode.image_shape)
+        ways |= {self._generator.sizes_seen(resize(item, config.vae_transform))
+                 for item in wanted.conversation if not isinstance(item, str)}
         with self._lock:
-            self._admit({text, *flows, mode.image_shape, *seen})
+            self._admit(ways - self._configured)
         return wanted
 
     def _admit(self, settings: set[Hashable]) -> None:
         if len(self._settings | settings) > self._config.max_settings:
             raise ValueError(f"the server has its limit of {self._config.max_settings} ways to draw and write "
-                             "(max_settings), and compiles no others; leave settings and sizes out, or repeat "
-                             "earlier ones")
+                             "beside the configured ones (max_settings), and compiles no others; leave "
+                             "settings and sizes out, or repeat earlier ones")
         self._settings |= settings
 
     def _limit(self, what: str, value: int, name: str, factor: int = 1) -> None:
         limit = factor * getattr(self._config, name)
         if value > limit:
             raise ValueError(f"field {what!r}: {value} is over the limit of {limit} ({name})")
+
+
+def _find_ways(wanted: Wanted, config: SamplingConfig) -> set[Hashable]:
+    """The settings that the steps of a request run with. Raises: ValueError for one that is out of range."""
+    mode = wanted.mode
+    text = mode.text(config.text)
+    ways: set[Hashable] = {text} if mode.think or mode.understanding_output else set()
+    if not mode.understanding_output:
+        shown = count_images(wanted.conversation)
+        ways |= {mode.flow(config.flow(shown + number)) for number in range(mode.num_turns)}
+    return ways
 
 
 def _convert(cls: type[T], fields: Mapping[str, Any], others: tuple[str, ...] = ()) -> T:
