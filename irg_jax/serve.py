@@ -14,6 +14,7 @@ Ctrl-C it accepts nothing more, finishes what it has and ends with status 0.
 import logging
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -43,6 +44,11 @@ def warm_up(generator: Generator, max_batch: int) -> None:
         print(f"usual requests, {size} together: compiled in {time.perf_counter() - start:.1f} s", flush=True)
 
 
+def known_hosts(host: str, allowed: Sequence[str]) -> list[str]:
+    """The names that requests may call the server by: any ("*") if it listens everywhere and none is told."""
+    return ["*"] if host == "0.0.0.0" and not allowed else [*LOCAL, host, *allowed]
+
+
 def main(values: Any) -> None:
     fields = to_plain(values.config)
     limits = from_config_dict(ServeConfig, fields.pop("serve", {}), "serve")
@@ -53,15 +59,18 @@ def main(values: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}; a stream says which image is its last as "
                              "soon as it is drawn, before a rule could tell: leave it out")
     generator, checkpoint = load_generator(values.checkpoint, config, prompts={}, mesh=mesh)
-    size = generator.context_bytes(said=limits.max_tokens, num_turns=config.num_turns) / 2**30
+    size = generator.context_bytes(said=limits.max_tokens, num_turns=limits.max_turns,
+                                   shown=limits.max_images) / 2**30
     print(f"a context takes about {size:.3g} GiB at most; {limits.max_active} are kept at once (max_active)",
           flush=True)
     if limits.warm_up:
         print("--config.serve.warm_up=False leaves compiling to the first requests", flush=True)
         warm_up(generator, limits.max_batch)
+    hosts = known_hosts(values.host, values.allowed_host or ())
     if values.host not in LOCAL:
-        print(f"warning: whoever reaches {values.host} can use this server; no password is asked", flush=True)
-    hosts = [*LOCAL, values.host, *(values.allowed_host or ())] if values.host != "0.0.0.0" else ["*"]
+        named = "; it answers to any name, unless --allowed_host gives its own" if "*" in hosts else ""
+        print(f"warning: whoever reaches {values.host} can use this server; no password is asked{named}",
+              flush=True)
     app = make_app(generator, limits, model=values.model or checkpoint["path"], hosts=hosts)
     logging.getLogger("uvicorn").setLevel(logging.INFO)
     for number in (signal.SIGINT, signal.SIGTERM):   # uvicorn raises them once more when it has ended

@@ -223,10 +223,15 @@ def test_what_a_context_takes_is_told(generator):
     state = generator.begin(["a"], seeds=[0])
     said = used(state.main)[0] - generator._system.view.length    # that of a prompt, padded
     _, state = generator.think(state, ["blue"])
-    _, state = generator.think(generator.look(state, [np.zeros((32, 48, 3), np.uint8)]), ["blue"])
+    largest = np.zeros((64, 64, 3), np.uint8)
+    _, state = generator.think(generator.look(state, [largest]), ["blue"])
     per_token = sum(x.nbytes for x in state.main.kv) / state.main.view.capacity
     shorter = 2 * (SETTINGS.text.max_length - length("blue"))    # than texts may be
-    assert used(state.main)[0] * per_token == generator.context_bytes(said=said - shorter, num_turns=2)
+    told = lambda **more: generator.context_bytes(said=said, num_turns=2, **more)
+    assert (used(state.main)[0] + shorter) * per_token == told()
+    before = used(state.main)[0]
+    state = generator.look(state, [largest])    # once more, as one that the user shows
+    assert (used(state.main)[0] - before) * per_token == told(shown=1) - told()
 
 
 @pytest.mark.slow

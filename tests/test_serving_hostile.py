@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from irg_jax.sampling.trajectory import Generator
+from irg_jax.serve import known_hosts
 from irg_jax.serving.requests import SETTINGS, Reader, Wanted
 from sampling_cases import WIDE, make_model
 from serving_cases import CHAT, DRAW, EDIT, LIMITS, PICTURE, encoded, make_generator, served
@@ -137,8 +138,18 @@ def test_what_is_no_request_of_ours_is_refused(client):
     assert client.post(EDIT, content=b"--x\r\nnonsense", headers=form).status_code == 400
     assert client.post(EDIT, data={"prompt": "a"}, files=[("image", b"x")] * 99).status_code == 400
     assert client.post(EDIT, data={"prompt": "a", "seed": "1}, {"}, files={"image": b"x"}).status_code == 400
+    fields = [("prompt", (None, b"a")), ("image", (None, b'"aaaa"')), ("image", ("a.png", b"x"))]
+    for files in (fields, fields[::-1]):
+        twice = client.post(EDIT, files=files)
+        assert twice.status_code == 400 and "'image' is given twice" in twice.text
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+
+
+def test_names_of_a_server_at_all_addresses_are_any_unless_one_is_told():
+    assert known_hosts("0.0.0.0", ()) == ["*"]
+    assert "*" not in known_hosts("0.0.0.0", ["example.org"]) + known_hosts("127.0.0.1", ())
+    assert {"127.0.0.1", "example.org"} <= set(known_hosts("0.0.0.0", ["example.org"]))
 
 
 def test_a_body_that_never_ends_is_cut_off(address):

@@ -146,16 +146,20 @@ class Generator:
         return tuple(target_size(width, height, transform)
                      for transform in (self.config.vae_transform, self.config.vit_transform))
 
-    def context_bytes(self, *, said: int, num_turns: int) -> int:
-        """What the context of one trajectory takes: `said` tokens of the user, texts of full length.
+    def context_bytes(self, *, said: int, num_turns: int, shown: int = 0) -> int:
+        """What the context of one trajectory takes at most, in bytes.
 
         What texts and contexts are padded to comes on top.
+
+        Args: said are tokens of the user's, and of what he gives in place of a text; shown are his images. They
+            and those that are drawn count as large as any is looked at, texts of the model at full length.
         """
-        patches = self.model_config.pixels_per_token, self.model_config.vit.patch_size
-        image = sum((width // patch) * (height // patch) + len(self._brackets)
-                    for (width, height), patch in zip(self.sizes_seen(None), patches))
-        texts = self._system.view.length + said + num_turns * self.config.text.max_length
-        tokens = texts + (num_turns - 1) * image
+        looks = ((self.config.vae_transform, self.model_config.pixels_per_token),
+                 (self.config.vit_transform, self.model_config.vit.patch_size))
+        image = sum(min(transform.max_size ** 2, transform.max_pixels) // patch ** 2 + len(self._brackets)
+                    for transform, patch in looks)
+        texts = self._system.view.length + said + num_turns * max(self.config.text.max_length, said)
+        tokens = texts + (shown + num_turns - 1) * image
         layers, _, heads, _, size = self._empty.kv.key.shape
         return 2 * layers * heads * size * self._empty.kv.key.dtype.itemsize * tokens
 

@@ -56,6 +56,7 @@ async def _read_form(request: Request, body: bytes, config: ServeConfig) -> dict
     async def replay() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
     fields: dict[str, Any] = {}
+    images: list[str] = []
     async with Request(request.scope, replay).form(max_files=config.max_images, max_fields=_MAX_FIELDS,
                                                    max_part_size=len(body)) as form:
         for name, value in form.multi_items():
@@ -63,12 +64,14 @@ async def _read_form(request: Request, body: bytes, config: ServeConfig) -> dict
             if isinstance(value, UploadFile):
                 if name != "image":
                     raise ValueError(f"field {name[:64]!r} is a file; only 'image' is one")
-                fields.setdefault("image", []).append(base64.b64encode(await value.read()).decode())
+                images.append(base64.b64encode(await value.read()).decode())
             elif name in fields:
                 raise ValueError(f"field {name[:64]!r} is given twice")
             else:
                 fields[name] = value if name in _TEXTS else _parse_json(value.encode())
-    return fields
+    if images and "image" in fields:
+        raise ValueError("field 'image' is given twice, as files and as text")
+    return fields | ({"image": images} if images else {})
 
 
 def _parse_json(data: bytes) -> Any:
