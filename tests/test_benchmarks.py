@@ -14,7 +14,7 @@ from benchmark_cases import (
     write_lines,
     write_oneig_table,
 )
-from irg_jax.evaluation.benchmarks import geneval, oneig, tiif, wise
+from irg_jax.evaluation.benchmarks import geneval, judging, oneig, tiif, wise
 from irg_jax.evaluation.benchmarks.protocol import digest
 from irg_jax.evaluation.benchmarks.running import BENCHMARKS, find_protocol
 from irg_jax.evaluation.intervals import score_columns
@@ -107,6 +107,12 @@ def test_geneval_gives_the_papers_overall(tmp_path):
     for name, score in row.items():
         assert found[name][0] == pytest.approx(score, abs=0.006)
     assert found["overall"][0] == pytest.approx(0.8467, abs=0.001)
+    part = range(5, len(prompts), 9)    # as --limit spreads them
+    write_lines(path, [line for number in part for line in lines[4 * number:4 * number + 4]])
+    chosen = [prompts[number] for number in part]
+    assert protocol.score(chosen, tmp_path, ["turn2"]).shares.shape == (1, len(part))
+    with pytest.raises(ValueError, match="00005/samples/0000.png' is no image of these"):
+        protocol.score(chosen[1:], tmp_path, ["turn2"])
     for wrong, told in ((lines[1:], "lacks 1 images, 00000/samples/0000.png"), (lines + lines[:1], "twice"),
                         ([{**lines[0], "tag": "counting"}, *lines[1:]], "results of other prompts"),
                         ([{**lines[0], "filename": "../../x.png"}, *lines[1:]], "no image of these"),
@@ -270,7 +276,10 @@ def test_oneig_has_intervals_where_prompts_are_told(tmp_path):
     ("Consistency: 2\nRealism: 1\nAesthetic Quality: 0", (2, 1, 0)),
     ("**Consistency:** 0\n**Realism**: 2\naesthetic quality 1", (0, 2, 1)),
     ("Consistency: 2\nRealism: 1", None), ("Consistency: 3\nRealism: 1\nAesthetic Quality: 0", None),
-    ("Consistency: 10\nRealism: 1\nAesthetic Quality: 0", None), ("I cannot judge this.", None), ("", None)])
+    ("Consistency: 10\nRealism: 1\nAesthetic Quality: 0", None), ("I cannot judge this.", None), ("", None),
+    ("Consistency: 2. Consistency 0 would mean nothing\nRealism: 1\nAesthetic Quality: 0", None),
+    ("Consistency: 1.5\nRealism: 1\nAesthetic Quality: 0", None),
+    ("<think>Consistency: 0?</think>Consistency: 2.\nRealism: 1, as\nAesthetic Quality: 0", (2, 1, 0))])
 def test_legacy_answers(text, marks):
     if marks is None:
         with pytest.raises(ValueError):
@@ -281,13 +290,27 @@ def test_legacy_answers(text, marks):
 
 @pytest.mark.parametrize("text, mark", [
     ("Score: 1", 1), ("**Score**: 0", 0), ("<think>Score: 0? no.</think>\nScore: 1", 1), ("1", 1),
-    ("Score: 2", None), ("0\n1", None), ("Score: 1\nScore: 0", None), ("nothing", None)])
+    ("Score: 1.", 1), ("Score: 2", None), ("0\n1", None), ("Score: 1\nScore: 0", None), ("Score: 0.5", None),
+    ("Score: 0,5", None), ("nothing", None)])
 def test_verified_answers(text, mark):
     if mark is None:
         with pytest.raises(ValueError):
             wise.read_verified_answer(text)
     else:
         assert wise.read_verified_answer(text) == {"score": mark}
+
+
+@pytest.mark.parametrize("text, better", [
+    ("Better: A", "A"), ("Better: B.", "B"), ("**Better: (B)**", "B"), ("A", "A"), ("**B**\n", "B"),
+    ("better: A, as it is sharper", "A"), ("A clear case: the second image wins", None),
+    ("A scene as asked.\nBetter: B", "B"), ("Better: A or B", None), ("Better: A/B", None),
+    ("Better: A\nBetter: B", None), ("A is better.\nB is not", None), ("Better: a", None), ("", None)])
+def test_preferences(text, better):
+    if better is None:
+        with pytest.raises(ValueError, match="neither A nor B"):
+            judging.read_preference(text)
+    else:
+        assert judging.read_preference(text) == better
 
 
 @pytest.mark.parametrize("text, answers", [

@@ -47,15 +47,16 @@ def score(prompts: Sequence[Prompt], results: pathlib.Path, systems: Sequence[st
 
 
 def _count_right(prompts: Sequence[Prompt], path: pathlib.Path) -> np.ndarray:
+    places = {int(prompt.id): number for number, prompt in enumerate(prompts)}    # these may be a part of all
     verdicts: dict[tuple[int, int], bool] = {}
     for number, record in enumerate(read_records(path, {"filename": str, "tag": str, "correct": bool}), 1):
         named = _FILE.search(record["filename"])
-        place = (int(named[1]), int(named[2])) if named else (len(prompts), 0)
-        if place[0] >= len(prompts) or place[1] >= IMAGES or place in verdicts:
+        place = (places.get(int(named[1])), int(named[2])) if named else (None, 0)
+        if place[0] is None or place[1] >= IMAGES or place in verdicts:
             raise ValueError(f"{path}, line {number}: {record['filename'][:200]!r} is no image of these "
                              "prompts, or occurs twice")
         if record["tag"] != prompts[place[0]].category:
-            raise ValueError(f"{path}, line {number}: prompt {place[0]} is of {prompts[place[0]].category}, "
+            raise ValueError(f"{path}, line {number}: prompt {named[1]} is of {prompts[place[0]].category}, "
                              f"not of {record['tag'][:40]!r}; these are results of other prompts")
         verdicts[place] = record["correct"]
     missing = [f"{prompt.id}/samples/{sample:04d}.png" for number, prompt in enumerate(prompts)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from irg_jax.evaluation.benchmarks.protocol import Prompt, Protocol
 
 JUDGE, UNANSWERED, ANSWERS = "judge.json", "unanswered.json", "answers.jsonl"
 OWN = "irg_jax's own wording"
+# Not "A or B". A letter elsewhere in a sentence may be an article, or the other one of two.
+_PREFERENCE = re.compile(r"(?m)^[^\w\n]*(?:(?i:better)[^\w\n]*([AB])\b(?![ ,/&]*(?:or |and )?[AB]\b)"
+                         r"|([AB])[^\w\n]*$)")
 OPTIONS = '{"temperature": 0, "max_tokens": 2000}'
 
 
@@ -137,8 +141,8 @@ def describe(endpoint: Endpoint, template: Template) -> dict[str, Any]:
 
 
 def read_preference(text: str) -> str:
-    """A or B. Raises: ValueError for anything else."""
-    found = {word for word in text.replace("*", "").split() if word in ("A", "B")}
+    """A or B, of a line "Better: A" or of the letter alone. Raises: ValueError for anything else."""
+    found = {first or second for first, second in _PREFERENCE.findall(text)}
     if len(found) != 1:
         raise ValueError(f"neither A nor B alone: {text[:200]!r}")
     return found.pop()

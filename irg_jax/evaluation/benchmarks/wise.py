@@ -98,25 +98,33 @@ def _read_marks(prompts: Sequence[Prompt], folder: pathlib.Path, most: Mapping[s
     return [found[prompt.id] for prompt in prompts]
 
 
-_MARK = re.compile(r"(consistency|realism|aesthetic quality)[*\s]*[:\uff1a]?[*\s]*(\d+)", re.IGNORECASE)
-_SCORE = re.compile(r"\bscore\b[*\s]*[:\uff1a]?[*\s]*(\d+)", re.IGNORECASE)
+_NUMBER = r"[*\s]*[:\uff1a]?[*\s]*(\d+(?:[.,]\d+)?)"
+_MARK = re.compile(r"(consistency|realism|aesthetic quality)" + _NUMBER, re.IGNORECASE)
+_SCORE = re.compile(r"\bscore\b" + _NUMBER, re.IGNORECASE)
 
 
 def read_legacy_answer(text: str) -> dict[str, Any]:
-    """The three marks of an answer. Raises: ValueError if one is missing, or over 2."""
-    found = {name.lower().replace(" ", "_"): int(mark) for name, mark in _MARK.findall(text)}
-    if set(found) != set(MARKS) or max(found.values()) > 2:
+    """The three marks of an answer, what it thought left out.
+
+    Raises: ValueError if one is missing, told as two numbers, or none of 0, 1 and 2.
+    """
+    found = {(name.lower().replace(" ", "_"), mark) for name, mark in _MARK.findall(_said(text))}
+    if sorted(name for name, _ in found) != sorted(MARKS) or not {mark for _, mark in found} <= {"0", "1", "2"}:
         raise ValueError(f"not three marks of 0 to 2: {text[:200]!r}")
-    return found
+    return {name: int(mark) for name, mark in found}
 
 
 def read_verified_answer(text: str) -> dict[str, Any]:
-    """The mark of an answer, what it thought left out. Raises: ValueError if there is none, or over 1."""
-    said = re.sub(r"(?s).*</think>", "", text)
+    """The mark of an answer, what it thought left out. Raises: ValueError if it is not one of 0 and 1."""
+    said = _said(text)
     found = _SCORE.findall(said) or re.findall(r"(?m)^\s*([01])\s*$", said)
-    if len(set(found)) != 1 or int(found[0]) > 1:
+    if len(set(found)) != 1 or found[0] not in ("0", "1"):
         raise ValueError(f"not one score of 0 or 1: {text[:200]!r}")
     return {"score": int(found[0])}
+
+
+def _said(text: str) -> str:
+    return re.sub(r"(?s).*</think>", "", text)
 
 
 def _protocol(version: str, counts: Mapping[str, int], suffix: str, home: str,
