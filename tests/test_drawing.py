@@ -14,6 +14,8 @@ from irg_jax.evaluation.drawing import (
     split_sections,
     wrap_text,
 )
+from irg_jax.evaluation.samples import draw_grid
+from irg_jax.sampling.trajectory import Turn
 
 THINK2 = """<think>The circle is blue.
 It should be red.
@@ -99,3 +101,12 @@ def test_empty_or_uneven_input_is_refused():
         compose_trajectory("prompt", [], scale=2)
     with pytest.raises(ValueError, match="2 labels"):
         image_grid([flat((1, 2, 3))], ["a", "b"], 1)
+
+
+def test_trajectories_that_ended_early_keep_their_row():
+    colours = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
+    first, second, third, nothing = (flat(colour) for colour in colours)
+    grid = draw_grid(("a", "b"), [(Turn("", first),), (Turn("", second), Turn("", third))])
+    scale = 128 // first.shape[0]
+    expected = image_grid([first, nothing, second, third], ["a", "", "b", "turn 2"], 2, scale=scale)
+    np.testing.assert_array_equal(np.asarray(grid), np.asarray(expected))

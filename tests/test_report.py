@@ -228,6 +228,16 @@ def test_half_written_evaluations_are_refused(run, capsys):
     assert_refused(run, capsys, "no image by self_cot", "evaluate all four")
 
 
+def test_an_evaluation_under_way_is_left_out_and_told(run, capsys):
+    (run / "eval/shapes/manifest.json").unlink()
+    (run / "eval/shapes/progress.json").write_text("{}")
+    assert report.main([str(run)]) == 0
+    written = json.loads((run / "report.json").read_text())
+    note = "eval/shapes: is under way, and left out; let the evaluation finish, then report"
+    assert written["notes"] == [note] and note in (run / "report.html").read_text()
+    assert "turn2" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["eval/shapes/manifest.json", "eval/shapes/results.jsonl",
                                   "stage1/metrics.jsonl", "stage2/metrics.jsonl"])
 def test_missing_and_empty_files_are_named(run, capsys, name):

@@ -1,7 +1,8 @@
 """Reads a run folder, and trusts nothing in it.
 
     RUN/<stage>/...                what the training of a stage left (`training_log.py`)
-    RUN/eval/shapes/manifest.json  optional, with all of eval/shapes: what was evaluated, and how
+    RUN/eval/shapes/manifest.json  optional, with all of eval/shapes: what was evaluated, and how; where only
+                                   progress.json is there, the evaluation is under way and left out
     RUN/eval/shapes/results.jsonl  one line a (prompt, system)
     RUN/eval/shapes/images/*.png   what was drawn
     RUN/timings.json               optional: {"stage1": seconds, "peak_rss_gib": {"stage1": gib}}
@@ -29,6 +30,7 @@ from irg_jax.evaluation.files import (
     read_bytes,
     read_lines,
 )
+from irg_jax.evaluation.recording import MANIFEST, PROGRESS, RESULTS
 from irg_jax.evaluation.training_log import Stage, read_stages
 
 SYSTEMS = ("base", "self_cot", "turn1", "turn2")
@@ -92,13 +94,15 @@ def read_run(folder: str | pathlib.Path) -> Run:
     folder, notes = pathlib.Path(folder), []
     evaluation = folder / "eval" / "shapes"
     manifest, results = None, ()
-    if os.path.lexists(evaluation):
-        manifest = read_manifest(evaluation / "manifest.json")
-        results = read_results(evaluation / "results.jsonl")
+    if (evaluation / PROGRESS).is_file() and not os.path.lexists(evaluation / MANIFEST):
+        notes.append(f"{evaluation}: is under way, and left out; let the evaluation finish, then report")
+    elif os.path.lexists(evaluation):
+        manifest = read_manifest(evaluation / MANIFEST)
+        results = read_results(evaluation / RESULTS)
         drawn = len({result.id for result in results})
         if drawn != manifest.prompts:
-            raise ValueError(f"{evaluation / 'results.jsonl'}: holds {drawn} prompts, "
-                             f"but manifest.json promises {manifest.prompts}; "
+            raise ValueError(f"{evaluation / RESULTS}: holds {drawn} prompts, "
+                             f"but {MANIFEST} promises {manifest.prompts}; "
                              "let the evaluation finish, then report")
     stages = read_stages(folder, notes, finished=manifest is not None)
     if manifest is None and not stages:

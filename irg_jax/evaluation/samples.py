@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 from PIL import Image
 
 from data_pipelines.system_prompts import load_system_prompt
@@ -56,11 +57,13 @@ class Samples:
 
 
 def draw_grid(prompts: tuple[str, ...], turns: list[tuple[Turn, ...]]) -> Image.Image:
-    """A row a prompt, its turns from left to right."""
-    columns, height = len(turns[0]), turns[0][0].image.shape[0]
-    labels = [shorten(prompt) if number == 0 else f"turn {number + 1}"
-              for prompt, each in zip(prompts, turns, strict=True) for number in range(len(each))]
-    images = [turn.image for each in turns for turn in each]
+    """A row a prompt, its turns from left to right, and white where it ended before others."""
+    columns, height = max(map(len, turns)), turns[0][0].image.shape[0]
+    labels = [label for prompt, each in zip(prompts, turns, strict=True)
+              for label in [shorten(prompt), *(f"turn {number + 1}" if number < len(each) else ""
+                                               for number in range(1, columns))]]
+    images = [each[number].image if number < len(each) else np.full_like(each[0].image, 255)
+              for each in turns for number in range(columns)]
     if height > _LONGEST:
         images = [image[::-(-height // _LONGEST), ::-(-height // _LONGEST)] for image in images]
     return image_grid(images, labels, columns, scale=max(1, 128 // height))
