@@ -7,7 +7,7 @@ r"""Draws a benchmark's prompts, and scores every turn's images.
 Four systems draw each prompt from the same noise: `base` (the base model, plainly), `self_cot` (the
 base model, which thinks first), `turn1` and `turn2` (the trained model); with --turns it goes on to
 `turn3` and further. OUT/results.jsonl has a line an image; OUT/manifest.json, written last, says how
-they came to be. Interrupted, the same command draws only what is missing.
+they came to be. Interrupted, the same command goes on.
 
     python -m irg_jax.evaluate --benchmark geneval --data GENEVAL/prompts --config configs/irgl_generate.py \
         --checkpoint CHECKPOINT --out runs/eval/geneval
@@ -16,8 +16,9 @@ The paper's five: geneval, wise, tiif, genai_bench, oneig, whose prompts you bri
 the images as the official scorer wants them, a model a turn, OUT/samples every turn's image and text; --turns 1
 thinks and draws once (self-CoT), 0 draws plainly. With --judge URL --judge_model MODEL the judge of wise and
 tiif is asked at an OpenAI-compatible endpoint, with --scorer CLONE geneval's detector runs; else copy what the
-official scorer wrote to OUT/results/<turn>/, and run the same command again (then without --checkpoint, if you
-like). The table is printed, and kept as OUT/scores.json. docs/evaluation.md tells all.
+official scorer wrote to OUT/results/<turn>/, and run the same command again (without --checkpoint it
+need not load the weights to compare them). The table is printed, and kept as OUT/scores.json.
+docs/evaluation.md tells all.
 
     python -m irg_jax.evaluate compare RUN ... --out DIR
 
@@ -95,9 +96,10 @@ def evaluate(prompts: Sequence[HeldOut], *, config: SamplingConfig, checkpoints:
             checkpoints[name], config, mesh=mesh,
             prompts={f"prompt {prompt.id}": prompt.prompt for prompt in prompts})
         recorder.identify(name, weights)
-        missing = [prompt for prompt in prompts
-                   if not all((prompt.id, system) in recorder.done for system in systems)]
-        for batch, padded in in_batches(missing, generator.fit_batch(batch_size)):
+        # Of all prompts, whatever is there: with other neighbours the last bits would be others.
+        for batch, padded in in_batches(prompts, generator.fit_batch(batch_size)):
+            if all((prompt.id, system) in recorder.done for prompt in batch for system in systems):
+                continue
             drawn = draw(generator, [prompt.prompt for prompt in padded],
                          [_seed(seed, prompt.id) for prompt in padded])
             for system in systems:

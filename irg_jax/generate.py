@@ -8,7 +8,7 @@ OUT/0000/trajectory.png                         all of it in one picture
 OUT/0000/prompt.json                            prompt, seed, checkpoint and settings
 
 One folder a prompt, which takes its name when it is whole: after an interruption the same command
-draws only what is missing. `--config.text.temperature=0.5` overrides a field.
+goes on. `--config.text.temperature=0.5` overrides a field.
 
     --prompts FILE --batch 8 --mesh data=4,tensor=2
 

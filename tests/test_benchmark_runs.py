@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_the_manifest_holds_what_makes_it_repeatable(drawn, checkpoint):
         draw(drawn, checkpoint, dataclasses.replace(QUICK, height=48))
 
 
-def test_what_is_lost_is_drawn_again_and_the_same(drawn, checkpoint):
+def test_what_is_lost_is_drawn_again_and_the_same(drawn, checkpoint, tmp_path):
     lost = drawn.out / "samples" / "0001"
     official = drawn.official / drawn.protocol.paths(drawn.prompts[0], "turn1")[0]
     before = {path: path.read_bytes() for path in [*lost.iterdir(), official]}
@@ -108,9 +109,21 @@ def test_what_is_lost_is_drawn_again_and_the_same(drawn, checkpoint):
         path.unlink()
     lost.rmdir()
     manifest = running.read_manifest(drawn.out)
-    (drawn.out / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
-    draw(drawn, checkpoint)
-    assert {path: path.read_bytes() for path in before} == before
+    moved = tmp_path / "moved"    # the same weights from another place
+    shutil.copytree(checkpoint, moved)
+    draw(drawn, str(moved))
+    changed = {path.name for path in before if before[path] != path.read_bytes()}
+    assert changed == {"prompt.json"}    # it tells where the weights were
+    assert running.read_manifest(drawn.out)["checkpoint"] == manifest["checkpoint"]
+
+
+def test_other_weights_at_the_same_place_are_refused(drawn, tmp_path):
+    save_model(tmp_path / "model", make_model(1))
+    manifest = running.read_manifest(drawn.out)
+    (drawn.out / "manifest.json").write_text(json.dumps(
+        manifest | {"checkpoint": manifest["checkpoint"] | {"path": str(tmp_path / "model")}}))
+    with pytest.raises(ValueError, match="another run .its sha256 differ"):
+        draw(drawn, str(tmp_path / "model"))
 
 
 def test_missing_images_are_named(drawn):
@@ -307,6 +320,8 @@ def test_genevals_detector_runs_where_its_packages_are(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/packages exec {sys.executable} "$@"\n')
     python.chmod(0o755)
+    with pytest.raises(ValueError, match="lacks GenEval's packages .it ended with status 1"):
+        running.check_detector(str(tmp_path / "geneval"), "/bin/false")
     with pytest.raises(ValueError, match="lacks GenEval's packages .*mmdet"):
         running.check_detector(str(tmp_path / "geneval"), str(python))
     for package in ("mmdet", "open_clip", "clip_benchmark", "torch"):

@@ -55,7 +55,16 @@ def files(folder) -> dict[str, bytes]:
             for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_every_prompt_gets_its_texts_images_and_one_picture(loaded, tmp_path):
+def watch_batches(module, monkeypatch) -> list[tuple[str, ...]]:
+    """The prompts of each batch that is drawn from now on."""
+    batches, draw = [], module.trajectories
+    monkeypatch.setattr(module, "trajectories", lambda generator, prompts, **fields: (
+        batches.append(tuple(prompts)), draw(generator, prompts, **fields))[1])
+    return batches
+
+
+def test_every_prompt_gets_its_texts_images_and_one_picture(loaded, tmp_path, monkeypatch):
+    batches = watch_batches(generation, monkeypatch)
     assert draw(loaded, tmp_path / "out") == 3
     names = {"turn1.txt", "turn1.png", "turn2.txt", "turn2.png", "trajectory.png", "prompt.json"}
     written = files(tmp_path / "out")
@@ -68,10 +77,11 @@ def test_every_prompt_gets_its_texts_images_and_one_picture(loaded, tmp_path):
         assert Image.open(folder / "trajectory.png").width > 256
     assert written["0000/turn1.png"] != written["0000/turn2.png"] != written["0001/turn2.png"]
 
-    # What is there is not drawn again, what is missing is drawn as it would have been.
+    # What is there stays, what is missing is drawn as it would have been: in the same company.
     generation.shutil.rmtree(tmp_path / "out" / "0001")
     assert draw(loaded, tmp_path / "out") == 1 and draw(loaded, tmp_path / "out") == 0
     assert files(tmp_path / "out") == written
+    assert batches == [tuple(PROMPTS[:2]), (PROMPTS[2],) * 2, tuple(PROMPTS[:2])]
 
 
 def test_an_interrupted_prompt_leaves_no_folder(loaded, tmp_path, monkeypatch):
@@ -112,15 +122,16 @@ def test_control_tokens_and_bad_prompt_files_are_refused(checkpoints, tmp_path):
                              ('{"prompt": "a", "texts": ["b", 2]}', "line 1.*'texts' is"),
                              ('{"prompt": "a", "image": 3}', "line 1.*'image' is 3"),
                              ('{"prompt": "a", "image": "none.png"}', "none.png.*cannot be read"),
-                             ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl")):
+                             ('{"prompt": "a", "image": "prompts.jsonl"}', "prompts.jsonl"),
+                             ('{"prompt": "a \\ud800"}', "line 1.*JSON"), ("[" * 100_000, "line 1.*JSON")):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             generation.read_orders(path)
-    path.write_text('{"prompt": "a", "id": 1}\n\n{"prompt": "b", "seed": 7}\n')
-    assert generation.read_orders(path) == [Order("a"), Order("b", 7)]
+    path.write_text('{"prompt": "a\u2028b", "id": 1}\r\n\n{"prompt": "b", "seed": 7}\n')
+    assert generation.read_orders(path) == [Order("a\u2028b"), Order("b", 7)]
     text = tmp_path / "prompts.txt"
-    text.write_text("a red circle\n\n two \n")
-    assert generation.read_orders(text) == [Order("a red circle"), Order("two")]
+    text.write_text("a red\x0ccircle\n\n two \n")
+    assert generation.read_orders(text) == [Order("a red\x0ccircle"), Order("two")]
     with pytest.raises(ValueError, match="nowhere.txt"):
         generation.read_orders("nowhere.txt")
 
@@ -225,13 +236,14 @@ def test_an_evaluation_of_more_turns_begins_like_one_of_two(prompts, checkpoints
 
 def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoints, tmp_path,
                                                               monkeypatch):
+    batches, calls = watch_batches(evaluation, monkeypatch), []
     evaluate(tmp_path / "whole", prompts, checkpoints)
-    calls = []
+    uninterrupted = set(batches)
     make_result = evaluation.make_result
 
     def interrupt(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == 4:    # between two prompts of a batch
             raise KeyboardInterrupt
         return make_result(*args, **kwargs)
     monkeypatch.setattr(evaluation, "make_result", interrupt)
@@ -242,6 +254,7 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoin
     with (out / "results.jsonl").open("a") as lines:
         lines.write('{"id": "0000')  # as a kill may leave it
     evaluate(out, prompts, checkpoints)
+    assert set(batches) == uninterrupted
     whole, cut = results(tmp_path / "whole"), results(out)
     assert set(whole) == set(cut)
     for key, result in whole.items():
@@ -252,9 +265,7 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoin
 def test_another_evaluation_is_not_mixed_into_a_folder(prompts, checkpoints, tmp_path):
     out = tmp_path / "eval"
     open_recorder(out, prompts)    # a kill before the first batch has ended
-    recorder = open_recorder(out, prompts)
-    recorder.identify("base", {"path": "a", "sha256": "1"})
-    recorder.save()
+    open_recorder(out, prompts).identify("base", {"path": "a", "sha256": "1"})    # and once more
     open_recorder(out, prompts).identify("base", {"path": "moved", "sha256": "1"})
     with pytest.raises(ValueError, match="eval.*base differ"):
         open_recorder(out, prompts).identify("base", {"path": "a", "sha256": "2"})
@@ -283,6 +294,7 @@ def test_bad_heldout_prompts_are_named(tmp_path):
                             ({"category": "other"}, "line 2.*'category'"),
                             ({"id": "00000"}, "twice"),
                             ({"extra": 1}, "line 2.*fields"),
+                            ({"prompt": "a \ud800"}, "line 2.*JSON"),
                             ({"request": {"category": "colors", "groups": []}}, "line 2.*groups")):
         path.write_text(json.dumps(good[0]) + "\n" + json.dumps(good[1] | change) + "\n")
         with pytest.raises(ValueError, match=message):

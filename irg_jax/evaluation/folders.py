@@ -4,7 +4,7 @@
     OUT/0000/trajectory.png                         all of it in one picture
     OUT/0000/prompt.json                            prompt, seed, checkpoint and settings
 
-A folder takes its name when it is whole; what is there is not drawn again.
+A folder takes its name when it is whole; what is there is not written again.
 """
 
 import collections
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_pipelines.images import read_image
 from irg_jax.evaluation.drawing import compose_trajectory
+from irg_jax.evaluation.files import parse, read_bytes
 from irg_jax.sampling.modes import trajectories
 from irg_jax.sampling.opening import describe_settings, in_batches
 from irg_jax.sampling.trajectory import Generator, Given, Turn
@@ -65,7 +66,10 @@ class Order(NamedTuple):
 
 def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_turns: int, batch_size: int,
              checkpoint: dict[str, str], out: str | pathlib.Path) -> Pace:
-    """Draws every prompt that has no folder in `out` yet. What is drawn for one depends on no other.
+    """Draws every prompt that has no folder in `out` yet.
+
+    Batches are of all orders, whatever is there, and one that lacks a folder is drawn whole. For what is drawn
+    for a prompt depends on its batch by rounding: texts are padded to the longest one.
 
     Without turns each is drawn plainly, with no system prompt and no thought, as turn 1.
 
@@ -74,20 +78,23 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
     """
     out, start, first = pathlib.Path(out), time.perf_counter(), None
     common = {"num_turns": num_turns, "checkpoint": checkpoint, "settings": describe_settings(generator.config)}
-    missing = collections.defaultdict(list)    # a batch looks at images of one size
+    groups = collections.defaultdict(list)    # a batch looks at images of one size
+    missing = set()
     for number, order in enumerate(orders):
         if len(order.given.texts) > num_turns:
             raise ValueError(f"prompt {number + 1} brings {len(order.given.texts)} texts for {num_turns} "
                              "turns; leave some out, or give --num_turns")
         folder, request = out / f"{number:04d}", order.request(seed) | common
+        groups[generator.sizes_seen(order.given.image)].append((folder, request, order.given))
         if not _is_drawn(folder, request):
-            missing[generator.sizes_seen(order.given.image)].append((folder, request, order.given))
-    count = sum(map(len, missing.values()))
-    progress = tqdm(total=len(orders), initial=len(orders) - count, unit="prompt", disable=None)
-    # Of one size whatever is missing: in another compiled shape the last bits would be others.
+            missing.add(folder)
+    progress = tqdm(total=len(orders), initial=len(orders) - len(missing), unit="prompt", disable=None)
     size = generator.fit_batch(min(batch_size, len(orders)))
-    batches = itertools.chain.from_iterable(in_batches(group, size) for group in missing.values())
+    batches = itertools.chain.from_iterable(in_batches(group, size) for group in groups.values())
     for batch, padded in batches:
+        lacking = {folder for folder, *_ in batch} & missing
+        if not lacking:
+            continue
         prompts, seeds = ([request[name] for _, request, _ in padded] for name in ("prompt", "seed"))
         if num_turns:
             drawn = trajectories(generator, prompts, seeds=seeds, num_turns=num_turns,
@@ -95,14 +102,15 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
         else:
             drawn = [(turn,) for turn in generator.text_to_image(prompts, seeds=seeds)]
         for (folder, request, _), turns in zip(batch, drawn):
-            _write(folder, request, turns)
-            progress.update()
-        first = first or (len(batch), time.perf_counter() - start)
+            if folder in lacking:
+                _write(folder, request, turns)
+                progress.update()
+        first = first or (len(lacking), time.perf_counter() - start)
     progress.close()
     if first is None:
         return Pace(0)
-    rest = count - first[0]
-    return Pace(count, first[1], (time.perf_counter() - start - first[1]) / rest if rest else None)
+    rest = len(missing) - first[0]
+    return Pace(len(missing), first[1], (time.perf_counter() - start - first[1]) / rest if rest else None)
 
 
 def read_orders(path: str | pathlib.Path) -> list[Order]:
@@ -111,7 +119,8 @@ def read_orders(path: str | pathlib.Path) -> list[Order]:
     Raises: ValueError naming file and line.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        with pathlib.Path(path).open(encoding="utf-8") as file:
+            lines = list(file)    # ends of lines alone: `splitlines` has others, which JSON allows in a text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the prompts cannot be read ({error})") from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -126,11 +135,8 @@ def read_orders(path: str | pathlib.Path) -> list[Order]:
 
 
 def _read_line(line: str, place: str, folder: pathlib.Path) -> Order:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from error
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    record = parse(line.encode(), place)
+    prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{place}: lacks the field 'prompt' with a text")
     seed = record.get("seed")
@@ -149,11 +155,13 @@ def _is_drawn(folder: pathlib.Path, request: dict[str, Any]) -> bool:
     if not folder.exists():
         return False
     try:
-        found = json.loads((folder / REQUEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = parse(read_bytes(folder / REQUEST), str(folder / REQUEST))
+    except ValueError as error:
         raise ValueError(f"{str(folder)!r} is not a folder of this command ({error}); choose "
                          "another --out") from error
-    found = found if isinstance(found, dict) else {}
+    match found.get("checkpoint"):
+        case {"sha256": sha256} if sha256 == request["checkpoint"]["sha256"]:
+            found["checkpoint"] = request["checkpoint"]    # the same weights, from wherever
     differing = [key for key in found | request if found.get(key) != request.get(key)]
     if differing:
         raise ValueError(f"{str(folder)!r} holds another drawing (its {', '.join(differing)} "

@@ -44,9 +44,10 @@ class Recorder:
         self.is_complete = (self.folder / MANIFEST).exists()
 
     def identify(self, name: str, checkpoint: Mapping[str, str]) -> None:
-        """Notes which weights are evaluated. Raises ValueError if they were others before."""
+        """Notes which weights are evaluated, before a line of theirs. Raises ValueError if they were others."""
         known = self._state["checkpoints"].setdefault(name, dict(checkpoint))
         self._compare({name: known["sha256"]}, {name: checkpoint["sha256"]})
+        self.save()
 
     def add(self, image: np.ndarray, make_record: Callable[[str], dict[str, Any]], *, id: str,
             system: str) -> None:

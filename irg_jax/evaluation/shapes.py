@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from data_pipelines.shapes.detect import Detection
 from data_pipelines.shapes.scene import Request
 from data_pipelines.shapes.score import score
+from irg_jax.evaluation.files import parse
 
 FIELDS = ("id", "category", "prompt", "request")
 
@@ -33,7 +33,8 @@ def read_prompts(path: str | pathlib.Path, *, limit: int | None = None) -> tuple
     Raises: ValueError naming file, line and field.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        with pathlib.Path(path).open(encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the prompts cannot be read ({error}); build the data set, or "
                          "name its prompts_heldout.jsonl") from error
@@ -70,11 +71,8 @@ def _describe(thing: Detection) -> str:
 
 
 def _parse(line: str, place: str) -> HeldOut:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place}: not valid JSON ({error})") from error
-    if not isinstance(record, dict) or set(record) != set(FIELDS):
+    record = parse(line.encode(), place)
+    if set(record) != set(FIELDS):
         raise ValueError(f"{place}: must be an object with the fields {', '.join(FIELDS)}")
     for name in FIELDS[:3]:
         if not isinstance(record[name], str) or not record[name]:

@@ -138,7 +138,8 @@ def trajectories(generator: Generator, prompts: Sequence[str], *, seeds: Sequenc
                  num_turns: int | None = None, given: Sequence[Given] = ()) -> list[tuple[Turn, ...]]:
     """IRG's turns of each prompt; `num_turns` as configured if None. One turn is self-CoT.
 
-    All are one batch until the last has ended, so that what is drawn for one depends on no other.
+    All are one batch until the last has ended, so that the same prompts and seeds are the same images. With
+    other neighbours they differ by rounding, as texts are padded to the longest one.
 
     Args: given is what takes the place of the model's own texts and images, one a prompt if any.
     """

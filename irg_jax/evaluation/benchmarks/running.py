@@ -83,7 +83,7 @@ def find_protocol(name: str, version: str | None) -> Protocol:
 
 def draw(job: Job, config: SamplingConfig, checkpoint: str, *, batch_size: int,
          mesh: jax.sharding.Mesh | None, described: Mapping[str, Any]) -> None:
-    """Draws what OUT lacks. `described` goes into the manifest: command and versions.
+    """Draws what OUT lacks. `described` goes into the manifest of a new OUT: command and versions.
 
     Raises: ValueError if OUT holds another run, or a prompt a control token.
     """
@@ -95,21 +95,19 @@ def draw(job: Job, config: SamplingConfig, checkpoint: str, *, batch_size: int,
     wanted = job.identity() | {"settings": settings}
     if found:
         _compare(job.out, found, wanted)
-        if found["complete"] and found["checkpoint"]["path"] == checkpoint:
-            return
     start = time.monotonic()
     generator, weights = load_generator(checkpoint, config, mesh=mesh, prompts={
         f"prompt {prompt.id}": prompt.text for prompt in job.prompts})
     if found:
         _compare(job.out, found["checkpoint"], {"sha256": weights["sha256"]})
-    manifest = wanted | {"checkpoint": weights, "formula": job.protocol.formula, **described}
+    manifest = found or wanted | {"checkpoint": weights, "formula": job.protocol.formula, **described}
     seconds = found["seconds"] if found else 0.0
     write_json(job.out / MANIFEST, manifest | {"complete": False, "seconds": seconds})
     orders = [Order(prompt.text, job.seed + image) for prompt in job.prompts for image in range(
         job.protocol.images)]
-    generate(orders, generator=generator, seed=job.seed, num_turns=job.num_turns, batch_size=batch_size,
-             checkpoint=weights, out=job.out / "samples")
-    seconds += time.monotonic() - start
+    pace = generate(orders, generator=generator, seed=job.seed, num_turns=job.num_turns, batch_size=batch_size,
+                    checkpoint=weights, out=job.out / "samples")
+    seconds += time.monotonic() - start if pace.drawn else 0.0
     write_json(job.out / MANIFEST, manifest | {"complete": True, "seconds": seconds})
 
 
@@ -135,8 +133,9 @@ def check_detector(repository: str, python: str) -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"--scorer_python {python!r} does not run ({error})") from error
     if tried.returncode:
-        raise ValueError(f"{python} lacks GenEval's packages ({tried.stderr.strip().splitlines()[-1]}); set up "
-                         "its environment, and name its Python as --scorer_python")
+        *_, told = tried.stderr.strip().splitlines() or [f"it ended with status {tried.returncode}"]
+        raise ValueError(f"{python} lacks GenEval's packages ({told}); set up its environment, and name its "
+                         "Python as --scorer_python")
     return script
 
 
