@@ -264,7 +264,9 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(prompts, checkpoin
 
 def test_another_evaluation_is_not_mixed_into_a_folder(prompts, checkpoints, tmp_path):
     out = tmp_path / "eval"
-    open_recorder(out, prompts)    # a kill before the first batch has ended
+    out.mkdir()
+    (out / ".progress.json.partial").write_text("{")    # a kill while the first file was written
+    open_recorder(out, prompts)    # and one before the first batch has ended
     open_recorder(out, prompts).identify("base", {"path": "a", "sha256": "1"})    # and once more
     open_recorder(out, prompts).identify("base", {"path": "moved", "sha256": "1"})
     with pytest.raises(ValueError, match="eval.*base differ"):
