@@ -121,7 +121,8 @@ def test_bad_images_are_refused_and_nothing_is_fetched(client, image, message):
 
 @pytest.mark.parametrize("messages", [
     None, [], "a", [1], [{}], [{"content": []}], [{"content": [{"type": "text"}]}], [{"content": {"a": 1}}],
-    [{"content": [{"type": "image_url", "image_url": "x"}]}], [{"content": [{"type": "text", "text": 3}]}]])
+    [{"content": [{"type": "image_url", "image_url": "x"}]}], [{"content": [{"type": "text", "text": 3}]}],
+    [{"content": "a"}] * 33])
 def test_bad_messages_are_refused(client, messages):
     response = client.post(CHAT, json={"messages": messages})
     assert response.status_code == 400 and "messages" in response.json()["error"]["message"], response.text

@@ -17,6 +17,7 @@ class ServeConfig:
     max_connections: int = 256
     max_image_pixels: int = 16_000_000
     max_images: int = 4             # shown in one request
+    max_texts: int = 32             # said in one request; each is padded to whole `text_multiple`s
     max_tokens: int = 2048          # said in one request, and of one given think text
     max_n: int = 4                  # trajectories of one request
     max_turns: int = 4

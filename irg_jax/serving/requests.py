@@ -187,6 +187,7 @@ class Reader:
         """Of what decides what is compiled, `max_settings` ways are admitted beside the configured ones."""
         mode, config = wanted.mode, self._generator.config
         said = [item for item in wanted.conversation if isinstance(item, str)]
+        self._limit("messages, texts", len(said), "max_texts")
         self._limit("prompt, tokens of all", sum(len(self._generator.tokenizer.encode(text)) for text in said),
                     "max_tokens")
         self._limit("num_turns", mode.num_turns, "max_turns")
