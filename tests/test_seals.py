@@ -3,12 +3,14 @@
 import json
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from irg_jax.checkpoints import bundle
 from irg_jax.checkpoints.bundle import Bundles, latest_step, restore_ema
 from irg_jax.checkpoints.seals import SEAL, find_faults, seal, set_bad_aside, steps_of
 
@@ -108,17 +110,33 @@ def test_a_seal_is_whole_or_absent(stage, monkeypatch):
     assert find_faults(step) == [] and json.loads((step / SEAL).read_text())
 
 
-def test_a_step_that_was_dropped_before_its_seal_is_no_fault(stage):
-    class Saved:
-        def result(self):
-            shutil.rmtree(stage / "checkpoints" / "1")
-    bundles = Bundles(stage, keep=1)
-    bundles._seal(1, Saved())
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_sealed_step_stays_until_newer_ones_are_sealed(stage, monkeypatch, keep):
+    """Killed while 3 and 4 are written but not sealed, a run would go on from 2."""
+    held = threading.Event()
+    monkeypatch.setattr(bundle, "seal", lambda step: held.wait(60) and seal(step))
+    bundles = Bundles(stage, keep=keep)
+    for step in (3, 4):
+        bundles.save(step, state={"step": jnp.int32(step)}, position={"next_step": step}, ema=EMA)
+    bundles._checkpointer._manager.wait_until_finished()
+    folder = stage / "checkpoints"
+    assert steps_of(folder) == [4, 3, 2, 1] and latest_step(stage) == 2 and find_faults(folder / "2") == []
+    held.set()
     bundles.close()
-    kept = Bundles(stage, keep=5)
-    with pytest.raises(FileNotFoundError):
-        kept._seal(3, type("Saved", (), {"result": lambda self: None})())
-    kept.close()
+    assert steps_of(folder) == [4, 3][:keep] and latest_step(stage) == 4
+
+
+def test_what_is_left_of_a_dropped_step_is_no_step(stage, monkeypatch):
+    """As a kill leaves it, or a file that another process holds open; the next seal removes it."""
+    folder = stage / "checkpoints"
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: (path / "_CHECKPOINT_METADATA").unlink())
+    bundle.drop_before(folder, 1)
+    assert "was not sealed" in find_faults(folder / "1")[0] and find_faults(folder / "2") == []
+    monkeypatch.undo()
+    bundles = Bundles(stage, keep=1)
+    bundles.save(3, state={"step": jnp.int32(3)}, position={"next_step": 3}, ema=EMA)
+    bundles.close()
+    assert steps_of(folder) == [3]
 
 
 def test_no_stage_no_step(tmp_path):

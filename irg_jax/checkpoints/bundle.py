@@ -2,12 +2,13 @@
 
 STAGE/checkpoints/<step>/ holds the items `state` (step, params, opt), `ema` and `position`, and the digests
 of their files (`seals`). A step counts once it is sealed: Orbax writes under a temporary name and renames,
-then its files are read once more.
+then its files are read once more. Only then are steps before it dropped.
 """
 
 import contextlib
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -29,14 +30,13 @@ class SaveError(ValueError):
 
 
 class Bundles:
-    """Checkpoints of one stage; saves in the background, keeps the latest `keep` (None: all)."""
+    """Checkpoints of one stage; saves in the background, keeps the `keep` newest that are sealed (None: all)."""
 
     def __init__(self, stage: pathlib.Path, *, keep: int | None):
         logging.getLogger("absl").addFilter(_is_news)
-        self._checkpointer = ocp.training.Checkpointer(
-            stage.absolute() / FOLDER, cleanup_tmp_directories=True,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep) if keep else None)
         self._folder, self._sealing = stage.absolute() / FOLDER, ThreadPoolExecutor(1)
+        # No policy of Orbax drops steps: it would as soon as a newer one is written, and that is no step yet.
+        self._checkpointer = ocp.training.Checkpointer(self._folder, cleanup_tmp_directories=True)
         self._seals: list[Future] = []
         self._keep = keep
 
@@ -51,6 +51,8 @@ class Bundles:
         `position` is JSON: the next data step, the data's fingerprint, and what else the run wants to know.
         Raises: SaveError if this save or an earlier one failed.
         """
+        for sealed in self._seals[:-1]:    # saved faster than they are sealed, they would fill the disk
+            sealed.result()
         self.check()
         if step == self.latest():
             return
@@ -67,12 +69,9 @@ class Bundles:
     def _seal(self, step: int, saved: ocp.AsyncResponse[None]) -> None:
         with _told(step):
             saved.result()
-        try:
-            seal(self._folder / str(step))
-        except FileNotFoundError:
-            newer = [each for each in steps_of(self._folder) if each > step]
-            if self._keep is None or len(newer) < self._keep:
-                raise     # else it was dropped meanwhile
+        seal(self._folder / str(step))
+        if self._keep:
+            drop_before(self._folder, self._keep)
 
     def position(self, step: int) -> dict[str, Any]:
         """The small item of a step alone."""
@@ -125,6 +124,15 @@ def latest_step(stage: pathlib.Path) -> int:
     """
     folder = stage / FOLDER
     return next((step for step in steps_of(folder) if (folder / str(step) / SEAL).exists()), 0)
+
+
+def drop_before(folder: pathlib.Path, count: int) -> None:
+    """Removes what is older than the `count` newest sealed steps; what resists goes another time."""
+    sealed = [step for step in steps_of(folder) if (folder / str(step) / SEAL).exists()]
+    for step in steps_of(folder):
+        if len(sealed) >= count and step < sealed[count - 1]:
+            (folder / str(step) / SEAL).unlink(missing_ok=True)    # first: what is left of it is no step
+            shutil.rmtree(folder / str(step), ignore_errors=True)
 
 
 def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:
