@@ -13,6 +13,7 @@ from irg_jax.checkpoints.bundle import latest_step
 from irg_jax.models.lora import LoraConfig
 from irg_jax.training.guards import claim
 from irg_jax.training.loop import train
+from irg_jax.training.resuming import write_config
 from irg_jax.training.trainer import Trainer
 from test_distributed import launch, stage, start  # noqa: F401 (a fixture)
 from test_loop import base, config, metrics  # noqa: F401 (a fixture)
@@ -108,6 +109,18 @@ def test_another_config_is_refused_by_name_and_accepted_by_name(base, caplog):  
     assert train(changed, base / "run", accepted=["seed", "total_steps"]) == 2
     assert "from step 1 on seed: 42 -> 7" in caplog.text
     assert json.loads((base / "run" / "named" / "config.json").read_text())["seed"] == 7
+
+
+def test_a_full_disk_leaves_the_config_that_was_there(base, tmp_path):  # noqa: F811
+    write_config(tmp_path, config(base))
+    before, text = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / "config.json").read_text()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_config(tmp_path, config(base, seed=7))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "config.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.slow

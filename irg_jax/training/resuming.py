@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
+from data_pipelines.digests import write_json
 from data_pipelines.fingerprints import compare, flatten
 from irg_jax.config import TrainConfig
 
@@ -18,7 +19,7 @@ FIXED = ("optimizer.moments", "lora.")    # what the names of such fields begin 
 
 
 def write_config(folder: pathlib.Path, config: TrainConfig) -> None:
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    write_json(folder / CONFIG, dataclasses.asdict(config))
 
 
 def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted: Collection[str]) -> list[str]:
