@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -107,6 +108,18 @@ def test_encoder_and_connector_fit_the_network_and_resume_exactly(tmp_path, monk
     resumed = train_encoder(MODEL, RECIPE, TRANSFORM, tmp_path / "broken")
     for path, value in names.flatten(whole).items():
         np.testing.assert_array_equal(value, names.flatten(resumed)[path], err_msg=path)
+
+
+def test_a_flipped_bit_is_not_restored(tmp_path, caplog):
+    args = (lambda params, batch, key: ((params["w"]**2).sum(), {}), lambda: {"w": jnp.ones(3)}, lambda index: 0,
+            FitConfig(total_steps=2, batch_size=1), tmp_path)
+    sound = fit(*args)
+    files = [path for path in (tmp_path / "checkpoints" / "2" / "ema").rglob("*") if path.is_file()]
+    data = max(files, key=lambda path: path.stat().st_size)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    np.testing.assert_array_equal(fit(*args)["w"], sound["w"])
+    assert "checkpoints/2 is not used: ema/" in caplog.text and (tmp_path / "checkpoints" / "2.bad").is_dir()
 
 
 @pytest.mark.parametrize("field", ["total_steps", "batch_size", "save_every"])

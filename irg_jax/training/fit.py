@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import optax
 import tqdm
 
-from irg_jax.checkpoints.bundle import Bundles
+from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
+from irg_jax.checkpoints.bundle import Bundles, latest_step
+from irg_jax.checkpoints.seals import set_bad_aside
 from irg_jax.models.functional import Params
 
 Loss = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -50,7 +53,7 @@ def fit(loss: Loss, init: Callable[[], Params], draw_batch: Callable[[int], Any]
         folder: pathlib.Path) -> Params:
     """The averaged parameters after `total_steps`; bundles in `folder`, whose name the progress bar shows.
 
-    Whatever ends it, a save under way is finished first.
+    Whatever ends it, a save under way is finished first. A bundle that is not what was written is set aside.
 
     Args: loss takes (params, batch, key) and returns it with metrics; draw_batch depends on its step alone,
         so that a resumed run goes on as it would have.
@@ -59,8 +62,10 @@ def fit(loss: Loss, init: Callable[[], Params], draw_batch: Callable[[int], Any]
                                                   config.total_steps, 0.0)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, 0.9, 0.99))
     step = jax.jit(make_step(loss, config, optimizer), donate_argnums=0)
+    for sentence in set_bad_aside(folder / BUNDLES):
+        logging.error("%s", sentence)
+    start = latest_step(folder)
     with contextlib.closing(Bundles(folder, keep=1)) as bundles:
-        start = bundles.latest() or 0
         params = jax.jit(init)()
         state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt": optimizer.init(params),
                  "ema": jax.tree.map(jnp.copy, params)}
