@@ -1,5 +1,6 @@
 """What is told of a step, and to whom."""
 
+import contextlib
 import json
 import resource
 import sys
@@ -10,8 +11,12 @@ import pytest
 import tqdm
 from PIL import Image
 
+from data_pipelines.pipeline import make_iterator
+from irg_jax.parallel.hosts import Hosts
 from irg_jax.training.goodput import Ledger
 from irg_jax.training.metrics import EventLog, LineFile, MetricWriter, Progress
+from irg_jax.training.trainer import Trainer
+from test_faults import PIXELS, TOKENIZER, data_with
 from test_loop import base, config  # noqa: F401 (a fixture)
 
 STEP = {"loss": 2.0, "ce": 1.0, "mse": 1.0, "grad_norm": 0.5, "tokens": 100, "finite": True, "ce/full": np.nan,
@@ -61,6 +66,37 @@ def test_weights_and_biases_are_told_by_option_offline_first(base, tmp_path, wan
 def test_weights_and_biases_that_are_not_there_are_asked_for(base):  # noqa: F811
     with pytest.raises(ValueError, match="pip install wandb"):
         config(base, wandb="online")
+
+
+def test_a_bad_record_is_an_event_once_whoever_met_it_also_the_one_too_many(tmp_path):
+    """Of five records one has no pixels, and one may be bad; another host, too, met that one, then a second."""
+    trainer = object.__new__(Trainer)
+    trainer.data = make_iterator(data_with(tmp_path, PIXELS, max_bad_share=0.2), TOKENIZER)
+    trainer.hosts, trainer.ledger, trainer._told = Hosts(), Ledger(None), set()
+    with EventLog(tmp_path) as trainer.events, contextlib.closing(trainer.data):
+        for _ in range(12):
+            trainer.next_batch()
+        [fault] = trainer._told
+        trainer.hosts._notes.put(list(fault))
+        trainer.next_batch()
+        trainer.hosts._notes.put(["full", "row 3 is bad"])
+        with pytest.raises(ValueError, match="row 3 is bad .*more than the 1 of 5"):
+            trainer.next_batch()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["text"] for event in events] == [f"full: {fault.reason}", "full: row 3 is bad"]
+    assert "row 4" in fault.reason and 0 <= events[0]["step"] < 12 and events[1]["step"] == 13
+
+
+def test_the_record_that_ends_a_run_is_an_event(tmp_path):
+    trainer = object.__new__(Trainer)
+    trainer.data = make_iterator(data_with(tmp_path, PIXELS, max_bad_share=0.0), TOKENIZER)
+    trainer.hosts, trainer.ledger, trainer._told = Hosts(), Ledger(None), set()
+    with EventLog(tmp_path) as trainer.events, contextlib.closing(trainer.data):
+        with pytest.raises(ValueError, match="more than the 0 of 5"):
+            while True:
+                trainer.next_batch()
+    [event] = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert "row 4" in json.loads(event)["text"]
 
 
 def test_a_full_disk_tears_no_line(tmp_path):

@@ -79,7 +79,7 @@ class Trainer:
                  accepted: Collection[str] = ()):
         """Args: accepted are the names of config fields that may have changed since the stage was begun."""
         self.config, self.folder, self.hosts = config, workdir / config.stage, hosts
-        self.events = EventLog(None)
+        self.events, self._told = EventLog(None), set[Fault]()
         self.ledger = Ledger(self.folder / "goodput.json" if hosts.is_first else None)
         self.start = latest_step(self.folder)
         self.changes = check_changes(self.folder, config, self.start, accepted) if self.start else []
@@ -201,16 +201,24 @@ class Trainer:
 
         Raises: ValueError if it is more than is allowed.
         """
-        asked = time.perf_counter()
-        with self.ledger.spend("waiting for data"):
-            batch = next(self.data)
-        self._waited = time.perf_counter() - asked
-        for fault in self.data.faults:
-            self.hosts.note(fault)
-        for fault in self.hosts.notes():
-            self.data.packs.bad.add(Fault(*fault))
-            self.events.write("bad record", self.data.get_state() - 1, ": ".join(fault))
-        return batch
+        asked, step = time.perf_counter(), self.data.get_state()
+        try:
+            with self.ledger.spend("waiting for data"):
+                return next(self.data)
+        finally:
+            self._waited = time.perf_counter() - asked
+            self._tell_bad(step)
+
+    def _tell_bad(self, step: int) -> None:
+        """Events first: the record that is one too many raises, here or where it was read."""
+        heard = [Fault(*fault) for fault in self.hosts.notes()]
+        for fault in (*self.data.faults, *heard):
+            if fault not in self._told:    # as in an epoch before, or by a host that shares the pack
+                self._told.add(fault)
+                self.events.write("bad record", step, ": ".join(fault))
+                self.hosts.note(fault)
+        for fault in heard:
+            self.data.packs.bad.add(fault)
 
     def data_counters(self, step: int) -> dict[str, float]:
         """Of all data so far, and of the step's: wait for it, and used share of each stream."""
