@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -237,6 +238,17 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
         with new_folder(target):
             pass
     assert list(contents(tmp_path)) == [("out", b""), ("out/whole", b"written")]
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+    target = tmp_path / "out"
+    with new_folder(target) as folder:
+        (folder / "half").write_text("written")
+        with pytest.raises(ValueError, match=f"out' is being written by process {os.getpid()} on .*; wait for it"):
+            with new_folder(target):
+                pass
+        (folder / "rest").write_text("too")
+    assert list(contents(tmp_path)) == [("out", b""), ("out/half", b"written"), ("out/rest", b"too")]
 
 
 def test_saving_over_something_is_refused(saved, sound):

@@ -23,6 +23,7 @@ from data_pipelines.tokenizer import Tokenizer
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.bundle import restore_ema
+from irg_jax.checkpoints.locks import locked
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.safetensors_files import Pending, TensorFiles, write_tensors
 from irg_jax.checkpoints.store import Reader, Writer, check_digests, check_shapes, damage, digest
@@ -187,25 +188,23 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     """A folder to fill that takes the name `path` when the block ends without an error.
 
     Args: replace allows a model checkpoint at `path`; it goes when the new one is whole.
-    Raises: ValueError if `path` is a file, or a folder with anything (else) in it.
+    Raises: ValueError if `path` is a file, or a folder with anything (else) in it, or if another process is
+        writing it.
     """
     path = pathlib.Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        if not replace:
-            raise ValueError(f"{str(path)!r} exists and is not empty; choose another folder")
-        if not ((path / DESCRIPTION).is_file() and (path / PARAMS).is_dir()):
-            raise ValueError(f"{str(path)!r} exists and is no model checkpoint (one has "
-                             f"{DESCRIPTION} and {PARAMS}/); choose another folder")
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)   # left by a run that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder = partial / path.name
+    with locked(partial / "lock", f"{str(path)!r} is being written", "folder"):
+        try:
+            _check_free(path, replace)
+            shutil.rmtree(folder, ignore_errors=True)   # left by a run that was killed
+            folder.mkdir()
+            yield folder
+            if path.exists():
+                shutil.rmtree(path)
+            folder.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -239,6 +238,15 @@ def read_fields(cls: type, values: Any, *, where: str, **given: Any) -> Any:
                                if field.name in values})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _check_free(path: pathlib.Path, replace: bool) -> None:
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not replace:
+            raise ValueError(f"{str(path)!r} exists and is not empty; choose another folder")
+        if not ((path / DESCRIPTION).is_file() and (path / PARAMS).is_dir()):
+            raise ValueError(f"{str(path)!r} exists and is no model checkpoint (one has "
+                             f"{DESCRIPTION} and {PARAMS}/); choose another folder")
 
 
 def _save_texts(folder: pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,

@@ -2,39 +2,19 @@
 
 import contextlib
 import faulthandler
-import fcntl
-import logging
-import os
 import pathlib
 import signal
-import socket
 import sys
 from collections.abc import Iterator
+
+from irg_jax.checkpoints.locks import locked
 
 LOCK = "lock"
 
 
-@contextlib.contextmanager
-def claim(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps a stage's folder for this process; the kernel lets go of it however the process ends.
-
-    Raises: ValueError naming the trainer that has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{folder} is being trained by {holder}; wait for it, stop it, or choose another "
-                             "--workdir") from error
-        except OSError as error:   # not every network file system has locks
-            logging.warning("%s cannot be locked (%s): a second trainer would not be refused", folder, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+def claim(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps a stage's folder for this process. Raises: ValueError naming the trainer that has it."""
+    return locked(folder / LOCK, f"{folder} is being trained", "--workdir")
 
 
 class Watchdog:
