@@ -111,8 +111,8 @@ def test_encoder_and_connector_fit_the_network_and_resume_exactly(tmp_path, monk
 
 
 def test_a_flipped_bit_is_not_restored(tmp_path, caplog):
-    args = (lambda params, batch, key: ((params["w"]**2).sum(), {}), lambda: {"w": jnp.ones(3)}, lambda index: 0,
-            FitConfig(total_steps=2, batch_size=1), tmp_path)
+    loss = lambda params, batch, key: ((params["w"]**2).sum(), {})
+    args = loss, lambda: {"w": jnp.ones(3)}, lambda index: 0, FitConfig(total_steps=2, batch_size=1), tmp_path
     sound = fit(*args)
     files = [path for path in (tmp_path / "checkpoints" / "2" / "ema").rglob("*") if path.is_file()]
     data = max(files, key=lambda path: path.stat().st_size)

@@ -244,7 +244,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
     target = tmp_path / "out"
     with new_folder(target) as folder:
         (folder / "half").write_text("written")
-        with pytest.raises(ValueError, match=f"out' is being written by process {os.getpid()} on .*; wait for it"):
+        with pytest.raises(ValueError, match=f"out' is being written by process {os.getpid()} on .*; wait"):
             with new_folder(target):
                 pass
         (folder / "rest").write_text("too")

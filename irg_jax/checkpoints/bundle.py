@@ -30,7 +30,7 @@ class SaveError(ValueError):
 
 
 class Bundles:
-    """Checkpoints of one stage; saves in the background, keeps the `keep` newest that are sealed (None: all)."""
+    """Checkpoints of one stage; saves in the background, keeps the `keep` newest sealed ones (None: all)."""
 
     def __init__(self, stage: pathlib.Path, *, keep: int | None):
         logging.getLogger("absl").addFilter(_is_news)
