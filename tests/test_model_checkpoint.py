@@ -300,13 +300,16 @@ def test_a_damaged_bundle_is_refused_in_a_sentence(tmp_path):
     for file in (stage / "checkpoints" / "10" / "ema").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[:7])
-    assert "is damaged or no Orbax checkpoint" in refusal(stage)
+    assert "checkpoints/10 is damaged: ema/" in refusal(stage)
 
 
 def test_a_stage_without_a_bundle_or_with_another_autoencoder_is_refused(tmp_path):
     stage, model = tmp_path / "stage1", make_model()
     save_stage(stage, model, {})
     assert "no params/" in refusal(stage)
+    (stage / "checkpoints").mkdir()
+    assert refusal(stage).endswith("stage1/checkpoints holds no complete checkpoint yet")
+    (stage / "checkpoints").rmdir()
     (stage / "checkpoints").mkdir()
     assert "no complete checkpoint" in refusal(stage)
     save_stage(stage, model, {1: model})

@@ -1,5 +1,6 @@
 """A bundle that is not what was written is never restored: files flipped, cut, lengthened, lost or added."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irg_jax.checkpoints import bundle
+from irg_jax.checkpoints import bundle, seals
 from irg_jax.checkpoints.bundle import Bundles, latest_step, restore_ema
 from irg_jax.checkpoints.seals import SEAL, find_faults, seal, set_bad_aside, steps_of
 
@@ -39,13 +40,17 @@ def files_of(step: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in step.rglob("*") if path.is_file())
 
 
+def assert_doubled(ema) -> None:
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other * 2), ema, EMA)
+
+
 def test_what_is_sound_is_restored(stage):
     folder = stage / "checkpoints"
     assert steps_of(folder) == [2, 1] and latest_step(stage) == 2
     assert find_faults(folder / "2") == [] and set_bad_aside(folder) == []
     ema, step = restore_ema(stage, SHAPES)
     assert step == 2
-    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other * 2), ema, EMA)
+    assert_doubled(ema)
 
 
 def test_every_region_of_every_file_is_watched(stage):
@@ -62,11 +67,16 @@ def test_every_region_of_every_file_is_watched(stage):
                 path.write_bytes(spoiled)
             cases += 1
             assert find_faults(folder / "2"), (path, spoiled)
-            if (folder / "2" / SEAL).exists():
+            if not (folder / "2" / SEAL).exists():   # a step without its seal is no step
+                assert restore_ema(stage, SHAPES)[1] == 1
+            elif path.is_relative_to(folder / "2" / "state"):   # which is not read
+                assert find_faults(folder / "2", ["ema", "position"]) == []
+            elif path.name == SEAL:   # what it says of the state is not looked at
+                with contextlib.suppress(ValueError):
+                    assert_doubled(restore_ema(stage, SHAPES)[0])
+            else:
                 with pytest.raises(ValueError, match="is damaged: "):
                     restore_ema(stage, SHAPES)
-            else:   # a step without its seal is no step
-                assert restore_ema(stage, SHAPES)[1] == 1
             path.write_bytes(whole)
     assert cases >= 200 and find_faults(folder / "2") == []
 
@@ -85,6 +95,42 @@ def test_a_bad_step_is_set_aside_and_the_one_before_restored(stage):
     assert find_faults(folder / "2") == [] and latest_step(stage) == 2
     (folder / "2" / SEAL).unlink()
     assert "was not sealed" in set_bad_aside(folder)[0] and (folder / "2.bad.1").is_dir()
+
+
+def test_of_a_bundle_no_more_is_hashed_than_is_read(stage, monkeypatch):
+    read, digest = [], seals._digest
+    monkeypatch.setattr(seals, "_digest", lambda path: read.append(path) or digest(path))
+    restore_ema(stage, SHAPES)
+    items = {path.relative_to(stage / "checkpoints" / "2").parts[0] for path in read}
+    assert {"ema", "position"} < items and "state" not in items
+
+
+def test_what_the_ema_lacks_is_read_from_a_sound_state_or_not_at_all(tmp_path):
+    bundles = Bundles(tmp_path, keep=1)
+    bundles.save(1, state={"step": jnp.int32(1), "params": EMA}, ema={"a": EMA["a"]},
+                 position={"next_step": 1, "not_averaged": ["b.c"]})
+    bundles.close()
+    jax.tree.map(np.testing.assert_array_equal, restore_ema(tmp_path, SHAPES)[0], EMA)
+    files = files_of(tmp_path / "checkpoints" / "1" / "state")
+    data = max(files, key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="checkpoints/1 is damaged: state/"):
+        restore_ema(tmp_path, SHAPES)
+
+
+@pytest.mark.parametrize("lost", ["_check_sound", "damage"])
+def test_a_step_that_a_training_drops_meanwhile_is_not_damaged(stage, monkeypatch, lost):
+    """Here the newest, so that the one before is taken; in a training, an older one for a newer."""
+    whole, calls = getattr(bundle, lost), []
+
+    def drop(step, *items):
+        if not calls:
+            calls.append(step)
+            (step / SEAL).unlink()
+            shutil.rmtree(step)
+        return whole(step, *items)
+    monkeypatch.setattr(bundle, lost, drop)
+    assert restore_ema(stage, SHAPES)[1] == 1 and calls == [(stage / "checkpoints" / "2").absolute()]
 
 
 def test_a_file_that_was_added_is_found(stage):

@@ -17,6 +17,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from irg_jax.checkpoints.seals import SEAL, find_faults, seal, steps_of
+from irg_jax.checkpoints.store import damage
 from irg_jax.models.functional import Params
 from irg_jax.models.groups import keep, paths_of, replace
 from irg_jax.models.lora import LoraConfig, add_shapes, merge, read_lora
@@ -145,29 +146,42 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     folder = pathlib.Path(stage).absolute() / FOLDER
     if not folder.is_dir():
         raise ValueError(f"{stage} has no {FOLDER} folder; train the stage first")
-    step = latest_step(pathlib.Path(stage))
-    if not step:
-        raise ValueError(f"{folder} holds no complete checkpoint yet")
-    if faults := find_faults(folder / str(step)):
-        raise ValueError(f"{folder / str(step)} is damaged: {'; '.join(faults[:3])}; remove it, and the one "
-                         "before is taken")
+    while step := latest_step(pathlib.Path(stage)):
+        try:
+            return _restore_ema(folder / str(step), shapes), step
+        except ValueError:
+            if (folder / str(step) / SEAL).exists():
+                raise
+            # else a training has dropped it meanwhile, for a newer one
+    raise ValueError(f"{folder} holds no complete checkpoint yet")
+
+
+def _restore_ema(step: pathlib.Path, shapes: Params) -> Params:
+    """Of one step; no more than what is read is compared with its seal, for a whole bundle takes minutes."""
+    _check_sound(step, "ema", "position")
     device = jax.sharding.SingleDeviceSharding(_own_processor())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        position = checkpointer.load_checkpointables(step, {"position": None})["position"]
+    with damage(step):
+        position = ocp.load_checkpointables(step, {"position": None})["position"]
         lora = read_lora(position["lora"]) if "lora" in position else LoraConfig()
         lacks = position.get("not_averaged", [])
-        whole = add_shapes(abstract, lora)
-        rest = keep(whole, [path in lacks for path in paths_of(whole)])
-        wanted = {"ema": keep(whole, [path not in lacks for path in paths_of(whole)])}
-        context = ocp.Context()
-        context.pytree.loading.partial_load = bool(rest)    # else what nobody asked for is a fault
-        with context:
-            found = checkpointer.load_checkpointables(
-                step, wanted | ({"state": {"params": rest}} if rest else {}))
+    whole = add_shapes(abstract, lora)
+    rest = keep(whole, [path in lacks for path in paths_of(whole)])
+    wanted = {"ema": keep(whole, [path not in lacks for path in paths_of(whole)])}
+    if rest:
+        _check_sound(step, "state")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = bool(rest)    # else what nobody asked for is a fault
+    with damage(step), context:
+        found = ocp.load_checkpointables(step, wanted | ({"state": {"params": rest}} if rest else {}))
     params = replace(found["state"]["params"], found["ema"]) if rest else found["ema"]
-    return (jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params), step
+    return jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params
+
+
+def _check_sound(step: pathlib.Path, *items: str) -> None:
+    if faults := find_faults(step, items):
+        raise ValueError(f"{step} is damaged: {'; '.join(faults[:3])}; remove it, and the one before is taken")
 
 
 def _own_processor() -> jax.Device:

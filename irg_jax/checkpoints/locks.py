@@ -13,7 +13,7 @@ from collections.abc import Iterator
 def locked(file: pathlib.Path, what: str, choice: str) -> Iterator[None]:
     """Keeps a lock file for this process; the kernel lets go of it however the process ends.
 
-    Args: what is done by whoever has it ("RUN is being trained"), and the choice that others have ("--workdir").
+    Args: what is done by whoever has it ("RUN is being trained"), and what others may choose ("--workdir").
     Raises: ValueError naming the process that has it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)

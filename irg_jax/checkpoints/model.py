@@ -26,7 +26,7 @@ from irg_jax.checkpoints.bundle import restore_ema
 from irg_jax.checkpoints.locks import locked
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.safetensors_files import Pending, TensorFiles, write_tensors
-from irg_jax.checkpoints.store import Reader, Writer, check_digests, check_shapes, damage, digest
+from irg_jax.checkpoints.store import Reader, Writer, check_digests, check_shapes, digest
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Params
 
@@ -88,8 +88,7 @@ def load_model(path: str | pathlib.Path) -> Model:
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
         stage = load_stage_frozen(folder)
-        with damage(folder / BUNDLES):
-            params, _ = restore_ema(folder, names.model_shapes(stage.config))
+        params, _ = restore_ema(folder, names.model_shapes(stage.config))
         return dataclasses.replace(stage, params=jax.tree.map(np.asarray, params))
     config, tokenizer, reader = open_model(folder)
     return Model(config, tokenizer, *join_leaves(reader.read(reader.leaves), model_slots(config)))

@@ -14,7 +14,7 @@ from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
 from irg_jax.checkpoints.bundle import restore_ema
 from irg_jax.checkpoints.model import Model, join_leaves, load_stage_frozen, model_slots, open_model
-from irg_jax.checkpoints.store import Reader, damage
+from irg_jax.checkpoints.store import Reader
 from irg_jax.models.functional import Params
 
 
@@ -41,8 +41,7 @@ def load_onto(path: str | pathlib.Path, shapes: Params) -> Params:
     """
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
-        with damage(folder / BUNDLES):
-            return restore_ema(folder, shapes)[0]
+        return restore_ema(folder, shapes)[0]
     config, _, reader = open_model(folder)
     return names.unflatten(dict(_place(reader, model_slots(config)["model"], names.flatten(shapes))))
 

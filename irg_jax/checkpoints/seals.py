@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 import warnings
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,8 +29,11 @@ def seal(step: pathlib.Path) -> None:
     partial.rename(step / SEAL)
 
 
-def find_faults(step: pathlib.Path) -> list[str]:
-    """What is not as it was sealed, a sentence each; empty for a sound step."""
+def find_faults(step: pathlib.Path, items: Collection[str] = ()) -> list[str]:
+    """What is not as it was sealed, a sentence each; empty for a sound step.
+
+    Args: items of the step that are looked at alone, with what belongs to none; empty: all.
+    """
     try:
         sealed = json.loads((step / SEAL).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,8 +42,9 @@ def find_faults(step: pathlib.Path) -> list[str]:
         return [f"{SEAL} cannot be read: {error}"]
     if not isinstance(sealed, dict):
         return [f"{SEAL} holds no object"]
+    sealed = {name: each for name, each in sealed.items() if _is_of(name, items)}
     try:
-        found = _digests(step)
+        found = _digests(step, items)
     except OSError as error:
         return [f"it cannot be read: {error}"]
     return ([f"{name} is missing" for name in sealed if name not in found]
@@ -77,12 +82,17 @@ def set_aside(folder: pathlib.Path, step: int) -> pathlib.Path:
     return target
 
 
-def _digests(step: pathlib.Path) -> dict[str, list]:
-    """Of every file but the seal: [bytes, sha256] by its path in the step."""
+def _digests(step: pathlib.Path, items: Collection[str] = ()) -> dict[str, list]:
+    """Of every file of these items but the seal: [bytes, sha256] by its path in the step."""
     names = sorted(path.relative_to(step).as_posix() for path in step.rglob("*") if path.is_file())
-    names = [name for name in names if name not in (SEAL, f"{SEAL}.partial")]
+    names = [name for name in names if name not in (SEAL, f"{SEAL}.partial") and _is_of(name, items)]
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(names, threads.map(lambda name: _digest(step / name), names)))
+
+
+def _is_of(name: str, items: Collection[str]) -> bool:
+    item, separator, _ = name.partition("/")
+    return not items or not separator or item in items
 
 
 def _digest(path: pathlib.Path) -> list:
