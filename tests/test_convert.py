@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -237,6 +238,17 @@ def test_hostile_headers_are_refused(source):
     assert "ae.safetensors" in refusal(source)
     header_file(path, {"a": entry | {"data_offsets": "x"}}, b"1234")
     assert "ae.safetensors" in refusal(source)
+
+
+def test_a_header_that_the_library_refused_is_not_read_beyond_its_limit(source):
+    path = source / "ae.safetensors"
+    with path.open("wb") as file:   # a sparse file: its header would be all of it
+        file.write((10**9).to_bytes(8, "little"))
+        file.truncate(10**9 + 8)
+    tracemalloc.start()
+    message, (_, peak) = refusal(source), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "ae.safetensors: truncated or no safetensors file" in message and peak < 10**8
 
 
 def test_shards_equal_one_file(source):

@@ -24,6 +24,7 @@ BLOCK_BYTES = 2**22   # of a tensor: enough to read fast, and little enough for 
 TILE = 256            # columns that are transposed at once, for the same reason
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _READ = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+_LONGEST_HEADER = 100_000_000   # bytes: the library's own limit
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 
@@ -271,7 +272,7 @@ def _cut_tensors(file: pathlib.Path) -> list[str]:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             held = file.stat().st_size - 8 - size
-            header = json.loads(stream.read(size)) if held >= 0 else {}
+            header = json.loads(stream.read(size)) if held >= 0 and size <= _LONGEST_HEADER else {}
         return [name for name, tensor in header.items()
                 if name != "__metadata__" and tensor["data_offsets"][1] > held]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
