@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 
 from data_pipelines.jobs import show_progress
-from irg_jax.checkpoints.listing import SEALED, Step, find_resumed, find_stages, find_step, list_steps
+from irg_jax.checkpoints.listing import SEALED, Step, find_resumed, find_stages, find_step, list_steps, printable
 from irg_jax.checkpoints.seals import find_faults, ignore_late_faults
 
 
@@ -130,11 +130,6 @@ def align(rows: Sequence[Sequence[str]], aligns: str) -> str:
     lines = ["  ".join(f"{cell:{align}{width}}" for cell, align, width in zip(row, aligns, widths)).rstrip()
              for row in rows]
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Names in a damaged file may hold anything, also what a terminal obeys."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 if __name__ == "__main__":

@@ -206,6 +206,15 @@ def test_truncation_names_the_tensors_that_are_cut(source):
     assert order[0] + "," not in message
 
 
+def test_names_that_a_terminal_would_obey_are_told_in_letters(source):
+    edit(source / "ae.safetensors", lambda tensors: tensors.update({"\x1b]0;owned\x07": np.zeros(2, np.float32)}))
+    assert "unknown: \\x1b]0;owned\\x07" in refusal(source)
+    (source / "ae.safetensors").unlink()
+    index = source / "ae.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"\x1b[2J": "../x"}}))
+    assert "places \\x1b[2J in '../x'" in refusal(source)
+
+
 def test_an_empty_file_lacks_every_tensor(source):
     for name in ("ema", "ae"):
         path = source / f"{name}.safetensors"

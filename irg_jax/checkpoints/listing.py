@@ -1,4 +1,7 @@
-"""Which training checkpoints a folder holds, by names and sizes; imports nothing that takes long."""
+"""Which training checkpoints a folder holds, by names and sizes, and names as they are printed.
+
+It imports nothing that takes long.
+"""
 
 import contextlib
 import datetime
@@ -90,3 +93,8 @@ def measure(folder: pathlib.Path) -> int:
             with contextlib.suppress(OSError):
                 size += os.stat(os.path.join(parent, name)).st_size
     return size
+
+
+def printable(text: str) -> str:
+    """Names in a damaged file may hold anything, also what a terminal obeys."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from irg_jax.checkpoints.listing import printable
 from irg_jax.models.autoencoder import Autoencoder
 from irg_jax.models.config import ModelConfig, VAEConfig
 from irg_jax.models.functional import Functional, Params
@@ -172,8 +173,8 @@ def unflatten(leaves: dict[str, np.ndarray]) -> Params:
 
 
 def listing(items: Iterable[str], limit: int = 20) -> str:
-    """The first items, and how many there are beyond."""
-    items = list(items)
+    """The first items, as they may be printed, and how many there are beyond."""
+    items = list(map(printable, items))
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 

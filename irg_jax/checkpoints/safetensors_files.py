@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from irg_jax.checkpoints.listing import printable
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.pages import let_go
 
@@ -133,7 +134,7 @@ def read_index(index: pathlib.Path) -> dict[str, str]:
         raise ValueError(f"{index.name}: weight_map must map tensor names to files")
     for name, shard in placed.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
-            raise ValueError(f"{index.name}: places {name} in {shard!r}; a shard is a .safetensors "
+            raise ValueError(f"{index.name}: places {printable(name)} in {shard!r}; a shard is a .safetensors "
                              "file beside the index, named without a folder")
     return placed
 
