@@ -83,6 +83,8 @@ def test_absent_fields_have_the_values_of_the_release(source):
     ("config.json", {"visual_gen": False}),
     ("config.json", {"interpolate_pos": True}),
     ("config.json", {"vit_select_layer": 9}),
+    ("config.json", {"max_latent_size": 513}),
+    ("config.json", {"vit_max_num_patch_per_side": 10**7}),
     ("config.json", {"vae_config": []}),
     ("config.json", {"vae_config": {"ch_mult": 4}}),
     ("config.json", {"vae_config": {"ch_mult": []}}),

@@ -33,7 +33,9 @@ from irg_jax.models.functional import Params
 DESCRIPTION, TOKENIZER = "model.json", "tokenizer.json"
 PARAMS, FROZEN = "params", "vae"
 VERSION = 2
-_LIMIT, _COUNT_LIMIT = 10**7, 1000   # beyond any real model, below what would exhaust memory
+# Beyond any real model, below what would exhaust memory: position tables have a row for each pair of a side.
+_LIMIT, _COUNT_LIMIT, _SIDE_LIMIT = 10**7, 1000, 512
+_SIDES = ("max_latent_size", "vit_max_num_patch_per_side")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +268,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
             return float(value)
         raise ValueError(f"{field.name} is {value!r}; it must be a number from {low} to 1e9")
     items = [value] if field.type is int else value
-    high = _COUNT_LIMIT if field.name.startswith("num_") else _LIMIT
+    high = _COUNT_LIMIT if field.name.startswith("num_") else _SIDE_LIMIT if field.name in _SIDES else _LIMIT
     low = -high if field.name == "vit_select_layer" else 1
     if (not isinstance(items, list) or not 1 <= len(items) <= 16
             or any(type(item) is not int or not low <= item <= high for item in items)):
