@@ -41,7 +41,8 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
     Args:
         hosts: all processes of the run; the first of them writes logs and prints.
         accepted: config fields that may have changed since the stage was begun.
-        draw: called on the first host, every `draw_every` steps and at the end.
+        draw: called on the first host, every `draw_every` steps and at the end; not again for a stage that was
+            saved at its last step, drawn or not.
     Raises: ValueError for anything wrong with config, data or checkpoints, before the first step, and if a
         checkpoint cannot be written; FloatingPointError if loss or gradient is not finite in `max_skipped`
         steps in a row.
