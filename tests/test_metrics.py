@@ -13,6 +13,7 @@ from PIL import Image
 
 from data_pipelines.pipeline import make_iterator
 from irg_jax.parallel.hosts import Hosts
+from irg_jax.training.dry_run import measured_seconds
 from irg_jax.training.goodput import Ledger
 from irg_jax.training.metrics import EventLog, LineFile, MetricWriter, Progress
 from irg_jax.training.trainer import Trainer
@@ -97,6 +98,56 @@ def test_the_record_that_ends_a_run_is_an_event(tmp_path):
                 trainer.next_batch()
     [event] = (tmp_path / "events.jsonl").read_text().splitlines()
     assert "row 4" in json.loads(event)["text"]
+
+
+def run_steps(log, ledger, steps, *, save_at=None):
+    """A life of the run: a line for every step of `steps`, of a second each; returns what was saved with it."""
+    saved = {}
+    with log.open("a") as file:
+        for step in steps:
+            if step == save_at:
+                saved = ledger.state()
+            print(json.dumps({"step": step, "time": 0, "step_seconds": 1}), file=file, flush=True)
+    return saved
+
+
+def test_what_a_kill_undid_is_lost_once(tmp_path):
+    log, first, second, third = tmp_path / "metrics.jsonl", Ledger(None), Ledger(None), Ledger(None)
+    first.resume({}, log, 0)
+    saved = run_steps(log, first, range(6), save_at=2)     # 2 to 5 are undone
+    second.resume(saved, log, 2)
+    assert second.state()["seconds"]["lost"] == 4
+    third.resume(saved, log, 2)                            # a life that was killed before its first line
+    assert third.state()["seconds"]["lost"] == 4
+    saved = run_steps(log, second, range(2, 5), save_at=4)     # before the last one undone; 4 is undone again
+    last = Ledger(None)
+    last.resume(saved, log, 4)
+    assert last.state()["seconds"]["lost"] == 5
+
+
+def test_steps_without_a_line_are_lost_too(tmp_path):
+    log, first, second, third = tmp_path / "metrics.jsonl", Ledger(None), Ledger(None), Ledger(None)
+    first.resume({}, log, 0)
+    saved = run_steps(log, first, range(0, 41, 10), save_at=10)    # log_every of 10, and saved at 5
+    second.resume(saved, log, 5)
+    assert second.state()["seconds"]["lost"] == 36    # 5 to 40
+    run_steps(log, second, range(10, 21, 10))         # 5 to 20, in another life
+    third.resume(saved, log, 5)
+    assert third.state()["seconds"]["lost"] == 36 + 16
+
+
+SOUND = b'{"step": 3, "time": 1, "step_seconds": 2}\n'
+
+
+@pytest.mark.parametrize("line", [
+    b"\xff", b"{", b"[]", b"null", b"3", b"[" * 100_000, b'{"step": 3}', SOUND.replace(b"3", b"null", 1),
+    SOUND.replace(b"3", b"true", 1), SOUND.replace(b"3", b"3.5", 1), SOUND.replace(b"2", b'"2"'),
+    SOUND.replace(b"2", b"NaN"), SOUND.replace(b"2", b"-1"), SOUND.replace(b"3", b"1" * 400, 1), SOUND[:-5]])
+def test_lines_that_are_not_ours_stop_no_resume_and_no_dry_run(tmp_path, line):
+    log, ledger = tmp_path / "metrics.jsonl", Ledger(None)
+    log.write_bytes(SOUND * 3 + line + b"\n" + SOUND)
+    ledger.resume({}, log, 3)
+    assert ledger.state()["seconds"]["lost"] == 8 and measured_seconds(tmp_path) == 2
 
 
 def test_a_full_disk_tears_no_line(tmp_path):

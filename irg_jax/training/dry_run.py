@@ -1,11 +1,10 @@
 """What a run would be, without a device: its config, mesh, memory, packs, epochs and hours."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +24,8 @@ from irg_jax.parallel.flops import count_flops
 from irg_jax.parallel.sharding import make_abstract_mesh
 from irg_jax.parallel.topologies import Topology
 from irg_jax.training.abstract import lay_out, trace_encoder
+from irg_jax.training.goodput import read_lines
+from irg_jax.training.metrics import LOG
 from irg_jax.training.optimizer import select
 from irg_jax.training.placement import check_share
 from irg_jax.training.planned import Planned, count_passes, model_flops, plan_packs
@@ -172,9 +173,7 @@ def describe_time(config: TrainConfig, model: ModelConfig, planned: Planned, wor
 
 def measured_seconds(folder: pathlib.Path | None) -> float | None:
     """The median of the last steps of a run, if there was one."""
-    if folder is None or not (path := folder / "metrics.jsonl").is_file():
-        return None
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()[-100:]]
+    lines = read_lines(folder / LOG)[-100:] if folder else []
     return float(np.median([line["step_seconds"] for line in lines])) if len(lines) > 2 else None
 
 
