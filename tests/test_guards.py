@@ -13,8 +13,8 @@ from irg_jax.checkpoints.bundle import latest_step
 from irg_jax.models.lora import LoraConfig
 from irg_jax.training.guards import claim
 from irg_jax.training.loop import train
-from irg_jax.training.resuming import write_config
-from irg_jax.training.trainer import Trainer
+from irg_jax.training.resuming import check_changes, write_config
+from irg_jax.training.trainer import Trainer, check_finished
 from test_distributed import launch, stage, start  # noqa: F401 (a fixture)
 from test_loop import base, config, metrics  # noqa: F401 (a fixture)
 
@@ -121,6 +121,16 @@ def test_a_full_disk_leaves_the_config_that_was_there(base, tmp_path):  # noqa: 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / "config.json").read_text() == text and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '{"total_steps": "9"}', "\xff"])
+def test_a_config_that_is_not_ours_is_told_with_its_file(base, tmp_path, text):  # noqa: F811
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no trained stage .{tmp_path}/config.json"):
+        check_finished(tmp_path)
+    if "total_steps" not in text:
+        with pytest.raises(ValueError, match=f"begun with cannot be read: {tmp_path}/config.json"):
+            check_changes(tmp_path, config(base), 1, [])
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_pipelines.digests import write_json
 from data_pipelines.fingerprints import compare, flatten
+from irg_jax.checkpoints.model import read_json
 from irg_jax.config import TrainConfig
 
 CONFIG = "config.json"
@@ -29,11 +30,10 @@ def check_changes(folder: pathlib.Path, config: TrainConfig, step: int, accepted
     Raises: ValueError naming those that changed and are not accepted, or accepted ones that are none.
     """
     try:
-        begun = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG}, the config that the run was begun with, cannot be read: {error}"
-                         ) from error
-    old, new = _compared(begun), _compared(json.loads(json.dumps(dataclasses.asdict(config))))
+        old = _compared(read_json(folder / CONFIG))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the config that the run was begun with cannot be read: {error}") from error
+    new = _compared(json.loads(json.dumps(dataclasses.asdict(config))))
     if unknown := [name for name in accepted if name not in old and name not in new]:
         raise ValueError(f"--accept_changes names {', '.join(unknown)}, and these are compared: "
                          f"{', '.join(sorted(new))}")

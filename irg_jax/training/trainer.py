@@ -7,7 +7,6 @@ A stage folder RUN/<stage> holds `model.json`, `tokenizer.json` and `vae.safeten
 import collections
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Collection
@@ -25,7 +24,7 @@ from data_pipelines.faults import Fault
 from data_pipelines.fingerprints import digest_values
 from data_pipelines.pipeline import make_iterator
 from irg_jax.checkpoints.bundle import Bundles, latest_step
-from irg_jax.checkpoints.model import Model, save_stage_frozen
+from irg_jax.checkpoints.model import Model, read_json, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
 from irg_jax.models.functional import Functional, Params
@@ -42,7 +41,7 @@ from irg_jax.training.moments import check_moments
 from irg_jax.training.optimizer import OptimizerConfig, make_optimizer
 from irg_jax.training.placement import bring_home, check_host_memory, check_share, place, rows_here
 from irg_jax.training.profiling import seconds_at_peak
-from irg_jax.training.resuming import check_changes
+from irg_jax.training.resuming import CONFIG, check_changes
 from irg_jax.training.state import TrainState, create_state
 from irg_jax.training.step import make_step
 
@@ -61,8 +60,10 @@ def find_source(config: TrainConfig, workdir: pathlib.Path) -> str | pathlib.Pat
 def check_finished(folder: pathlib.Path) -> None:
     """Raises ValueError if a stage was stopped before its last step: the next would start from less."""
     try:
-        wanted = json.loads((folder / "config.json").read_text())["total_steps"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        wanted = read_json(folder / CONFIG).get("total_steps")
+        if type(wanted) is not int:
+            raise ValueError(f"{folder / CONFIG}: total_steps is {wanted!r}; it must be an integer")
+    except ValueError as error:
         raise ValueError(f"{folder} holds no trained stage ({error})") from error
     reached = latest_step(folder)
     if reached < wanted:
