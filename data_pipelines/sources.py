@@ -140,9 +140,9 @@ def read_row_group(group: RowGroup, columns: Mapping[str, str]) -> pyarrow.Table
     rows = f"{group.file}: rows {group.first_row} to {group.first_row + group.num_rows - 1}"
     # Opened anew each time: thousands of files would exhaust the file descriptors.
     with open_parquet(group.file) as file:
-        if group.sha256 and group_sha256(group.file, file.metadata, group.index) != group.sha256:
-            raise ValueError(f"{rows} are damaged (not what was recorded); {_FIX}")
         try:
+            if group.sha256 and group_sha256(group.file, file.metadata, group.index) != group.sha256:
+                raise ValueError(f"{rows} are damaged (not what was recorded); {_FIX}")
             table = file.read_row_group(group.index, columns=list(columns)).select(list(columns))
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{rows} are damaged ({error}); restore the file or build it again") from error

@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from data_cases import conversation, data_config, write_data_set, write_rows
+from data_pipelines import sources
 from data_pipelines.check import Wish, check
 from data_pipelines.config import GroupConfig
 from data_pipelines.datasets import open_source
@@ -150,6 +151,14 @@ def test_digests_may_lie_elsewhere(plain, tmp_path):
     config = data_config(source=str(plain), split="", groups=(GroupConfig("think"),), digests=str(elsewhere))
     with pytest.raises(ValueError, match="row 0 cannot be read: .* rows 0 to 2 are damaged"):
         open_source(config, config.groups[0])[0]
+
+
+def test_a_file_that_goes_while_its_rows_are_compared_is_named(plain, monkeypatch):
+    record(plain)
+    source = ParquetRows(plain / "think")
+    monkeypatch.setattr(sources, "group_sha256", lambda *args: open(plain / "gone"))
+    with pytest.raises(ValueError, match="0.parquet: rows 0 to 2 are damaged .*No such file"):
+        source[0]
 
 
 def test_records_of_a_broken_data_set_are_not_written(plain):

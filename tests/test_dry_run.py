@@ -86,7 +86,7 @@ def test_a_real_checkpoint_and_real_records_count(base):  # noqa: F811
 
 def test_steps_that_were_run_count(base, tmp_path):  # noqa: F811
     (tmp_path / "stage1").mkdir()
-    lines = [json.dumps({"step": step, "time": step, "step_seconds": 3.0 if step else 99.0}) for step in range(9)]
+    lines = [json.dumps({"step": step, "time": 0, "step_seconds": 3.0 if step else 99.0}) for step in range(9)]
     (tmp_path / "stage1" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     page = dry_run.describe(config(base, mesh=MeshConfig(), total_steps=2400), tmp_path)
     assert f"time: 2.0 hours for 2,400 steps of 3.00 s, as measured in {tmp_path}/stage1" in page

@@ -150,6 +150,15 @@ def test_lines_that_are_not_ours_stop_no_resume_and_no_dry_run(tmp_path, line):
     assert ledger.state()["seconds"]["lost"] == 8 and measured_seconds(tmp_path) == 2
 
 
+def test_too_many_skipped_steps_say_what_checkpoints_hold(base):  # noqa: F811
+    """One may have been saved among them."""
+    progress = Progress(tqdm.tqdm(disable=True), None, EventLog(None), config=config(base, max_skipped=2),
+                        records=lambda step: ["full 3"], ledger=Ledger(None), peak_share=None)
+    progress.tell(6, STEP | {"finite": False}, {})
+    with pytest.raises(FloatingPointError, match="at step 7; it held full 3.*before step 6, also in a checkpoint"):
+        progress.tell(7, STEP | {"finite": False}, {})
+
+
 def test_a_full_disk_tears_no_line(tmp_path):
     """A limit on the size of files stands for the disk: like that, it takes a part of the line first."""
     file, line = LineFile(tmp_path / "metrics.jsonl"), {"step": 1, "text": "x" * 100}

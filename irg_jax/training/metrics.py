@@ -173,7 +173,7 @@ class Progress:
             raise FloatingPointError(
                 f"loss or gradient was not finite in {self._in_a_row} steps in a row (max_skipped): loss is "
                 f"{values['loss']:g} at step {step}; {held}. Look at these records, or lower the rate. "
-                f"The last checkpoint is from before step {first}, and nothing has changed since that step")
+                f"Parameters are those of before step {first}, also in a checkpoint that was saved since")
 
 
 def measure_memory() -> dict[str, float]:
