@@ -23,6 +23,7 @@ from data_pipelines.records import TextPart, parse_conversation
 from data_pipelines.sources import ParquetRows
 from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 from irg_jax.checkpoints.bagel import export_folder
+from irg_jax.checkpoints.bundle import is_exported
 from irg_jax.checkpoints.model import Model, load_model, save_model
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
@@ -158,6 +159,9 @@ def main(values) -> None:
             give_eyes(config, workdir / draw.stage, workdir)
     draw_own(config, workdir / stages[-1].stage, workdir)
     if train(last, workdir, accepted=values.accept_changes) < last.total_steps:
+        return
+    if is_exported(pathlib.Path(values.out), workdir / last.stage):
+        print(f"{values.out} is younger than the last checkpoint, and left as it is")
         return
     export_folder(load_model(workdir / last.stage), values.out, dtype="bfloat16")
     print(f"wrote {values.out}")

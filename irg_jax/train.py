@@ -23,7 +23,7 @@ from absl import flags
 
 from data_pipelines import command
 from data_pipelines.config import from_config_dict, to_plain
-from irg_jax.checkpoints.bundle import FOLDER as CHECKPOINTS
+from irg_jax.checkpoints.bundle import is_exported
 from irg_jax.checkpoints.seals import ignore_late_faults
 from irg_jax.config import TrainConfig
 from irg_jax.evaluation.samples import SampleConfig, Samples
@@ -89,11 +89,9 @@ def export(config: TrainConfig, workdir: pathlib.Path) -> None:
     """
     folder = workdir / config.stage
     target = folder / "export"
-    if not config.export:
+    if not config.export or is_exported(target, folder):
         return
     if target.exists():
-        if target.stat().st_mtime > (folder / CHECKPOINTS / str(config.total_steps)).stat().st_mtime:
-            return
         shutil.rmtree(target)    # of a stage that has gone on since
     again = [sys.executable, "-m", "irg_jax.export", f"--checkpoint={folder}", f"--format={config.export}",
              f"--out={target}"]

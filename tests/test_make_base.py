@@ -4,9 +4,12 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 
+from configs import shapes_base
+from irg_jax import make_base
 from irg_jax.checkpoints.bagel import import_folder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -30,6 +33,31 @@ def get_config(part="recipe"):
         config[stage].data.packs_per_step = 2
     return config
 '''
+
+
+def test_a_finished_base_is_left_alone(tmp_path, monkeypatch, capsys):
+    """The command again, after all; and after its last stage went on."""
+    for name in ("prepare", "give_eyes", "draw_own", "compute_moments", "load_model"):
+        monkeypatch.setattr(make_base, name, lambda *args, **options: None)
+    monkeypatch.setattr(make_base, "train", lambda stage, *args, **options: stage.total_steps)
+    written = []
+    monkeypatch.setattr(make_base, "export_folder", lambda model, out, dtype: written.append(out))
+    config, out = shapes_base.get_config(), tmp_path / "out"
+    step = tmp_path / "run" / config.mend.stage / "checkpoints" / "2"
+    step.mkdir(parents=True)
+    (step / "digests.json").write_text("{}")
+    values = types.SimpleNamespace(config=config, workdir=str(tmp_path / "run"), out=str(out), accept_changes=[])
+    make_base.main(values)
+    out.mkdir()    # empty, and made by whoever
+    make_base.main(values)
+    assert written == [str(out)] * 2
+    (out / "ema.safetensors").write_text("written")
+    os.utime(step, (1, 1))
+    make_base.main(values)
+    assert len(written) == 2 and "is younger than the last checkpoint" in capsys.readouterr().out
+    os.utime(out, (0, 0))
+    make_base.main(values)
+    assert len(written) == 3
 
 
 @pytest.mark.slow

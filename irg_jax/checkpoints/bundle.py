@@ -127,6 +127,12 @@ def latest_step(stage: pathlib.Path) -> int:
     return next((step for step in steps_of(folder) if (folder / str(step) / SEAL).exists()), 0)
 
 
+def is_exported(target: pathlib.Path, stage: pathlib.Path) -> bool:
+    """Whether a folder holds something that is younger than the stage's newest sealed step."""
+    newest = stage / FOLDER / str(latest_step(stage))
+    return target.is_dir() and any(target.iterdir()) and target.stat().st_mtime > newest.stat().st_mtime
+
+
 def drop_before(folder: pathlib.Path, count: int) -> None:
     """Removes what is older than the `count` newest sealed steps; what resists goes another time."""
     sealed = [step for step in steps_of(folder) if (folder / str(step) / SEAL).exists()]
