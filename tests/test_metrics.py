@@ -155,7 +155,7 @@ def test_too_many_skipped_steps_say_what_checkpoints_hold(base):  # noqa: F811
     progress = Progress(tqdm.tqdm(disable=True), None, EventLog(None), config=config(base, max_skipped=2),
                         records=lambda step: ["full 3"], ledger=Ledger(None), peak_share=None)
     progress.tell(6, STEP | {"finite": False}, {})
-    with pytest.raises(FloatingPointError, match="at step 7; it held full 3.*before step 6, also in a checkpoint"):
+    with pytest.raises(FloatingPointError, match="at step 7; it held full 3.*before step 6, also in"):
         progress.tell(7, STEP | {"finite": False}, {})
 
 

@@ -15,8 +15,9 @@ WRITE_SECONDS = 30.0
 class Ledger:
     """Seconds by what they were spent on; at any moment it is one thing.
 
-    Beside what is told to it there are "lost", steps that a kill undid, up to the last that the log knows of, and
-    "away", from the last line of the log to the next start. It is kept in checkpoints, and in STAGE/goodput.json for the reader.
+    Beside what is told to it there are "lost", steps that a kill undid, up to the last that the log knows of,
+    and "away", from the last line of the log to the next start. It is kept in checkpoints, and in
+    STAGE/goodput.json for the reader.
     """
 
     def __init__(self, path: pathlib.Path | None):
@@ -37,7 +38,8 @@ class Ledger:
                 continue
             if line["step"] <= before:    # in another life
                 before = step - 1
-            self._seconds["lost"] += line["step_seconds"] * (line["step"] - before)    # not every step has a line
+            # Not every step has a line.
+            self._seconds["lost"] += line["step_seconds"] * (line["step"] - before)
             before = line["step"]
         if lines := read_lines(log):
             self._seconds["away"] += max(time.time() - lines[-1]["time"] - self._seconds["starting"], 0.0)

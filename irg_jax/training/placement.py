@@ -103,7 +103,7 @@ def check_share(config: TrainConfig, mesh: jax.sharding.Mesh) -> None:
 def shard_moments(opt: optax.OptState, params: Any, scalar: Any) -> Any:
     """Every leaf of an optimiser state that stands at a parameter's path lies as that parameter does.
 
-    By path, since `optax.tree_map_params` cannot see through the masks that frozen parameters leave.
+    By path: what does not train has no leaf there, and a moment may be several (`compact.Roots`).
     """
     keys = lambda path: tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
     table = {keys(path): sharding for path, sharding in jax.tree_util.tree_leaves_with_path(params)}
