@@ -18,7 +18,15 @@ import time
 from collections.abc import Sequence
 
 from data_pipelines.jobs import show_progress
-from irg_jax.checkpoints.listing import SEALED, Step, find_resumed, find_stages, find_step, list_steps, printable
+from irg_jax.checkpoints.listing import (
+    SEALED,
+    Step,
+    find_resumed,
+    find_stages,
+    find_step,
+    list_steps,
+    printable,
+)
 from irg_jax.checkpoints.seals import find_faults, ignore_late_faults
 
 

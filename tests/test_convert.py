@@ -209,7 +209,7 @@ def test_truncation_names_the_tensors_that_are_cut(source):
 
 
 def test_names_that_a_terminal_would_obey_are_told_in_letters(source):
-    edit(source / "ae.safetensors", lambda tensors: tensors.update({"\x1b]0;owned\x07": np.zeros(2, np.float32)}))
+    edit(source / "ae.safetensors", lambda tensors: tensors.update({"\x1b]0;owned\x07": np.float32([0])}))
     assert "unknown: \\x1b]0;owned\\x07" in refusal(source)
     (source / "ae.safetensors").unlink()
     index = source / "ae.safetensors.index.json"

@@ -46,7 +46,8 @@ def test_a_finished_base_is_left_alone(tmp_path, monkeypatch, capsys):
     step = tmp_path / "run" / config.mend.stage / "checkpoints" / "2"
     step.mkdir(parents=True)
     (step / "digests.json").write_text("{}")
-    values = types.SimpleNamespace(config=config, workdir=str(tmp_path / "run"), out=str(out), accept_changes=[])
+    values = types.SimpleNamespace(config=config, workdir=str(tmp_path / "run"), out=str(out),
+                                   accept_changes=[])
     make_base.main(values)
     out.mkdir()    # empty, and made by whoever
     make_base.main(values)
