@@ -1,10 +1,15 @@
-"""Rows and the dense definition, for tests of attention."""
+"""Rows and the dense definition, for tests of attention, and TPUs that are not here."""
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractDevice
 
 from data_pipelines.batch import INF, Rows, padding_rows, visible
+from irg_jax.parallel.sharding import MeshConfig, make_abstract_mesh
 
 
 def random_rows(rng: np.random.Generator, batch: int, length: int) -> Rows:
@@ -40,6 +45,12 @@ def gradients(function, inputs, weight):
     """Value, and the gradients of its product with `weight`."""
     out, backward = jax.vjp(function, *inputs)
     return out, *backward(weight.astype(out.dtype))
+
+
+def on_tpus(mesh: MeshConfig, kind: str = "TPU v5p"):
+    """A context in which kernels may be lowered: from jax 0.11 on that needs to know the TPU by name."""
+    named = make_abstract_mesh(mesh, math.prod(dataclasses.astuple(mesh)))
+    return jax.sharding.use_abstract_mesh(named.update(abstract_device=AbstractDevice(kind, 1, "tpu")))
 
 
 def padding(batch: int, length: int) -> Rows:

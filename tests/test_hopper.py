@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention_cases import dense, gradients, one_image, padding, random_rows
+from attention_cases import dense, gradients, on_tpus, one_image, padding, random_rows
 from data_pipelines.batch import INF, Rows
 from hopper_interpreter import interpreted
 from irg_jax.kernels import hopper, hopper_backward, tiles
 from irg_jax.kernels.attention import attend, look
+from irg_jax.parallel.sharding import MeshConfig
 
 PAST, LENGTH, STRETCH = 40, 290, 30    # no length is a multiple of the tile
 
@@ -74,6 +75,7 @@ def mixed_rows(packs: int, length: int) -> Rows:
     pytest.param(functools.partial(one_image, noised=True), 1, 2, 1, 128, marks=pytest.mark.slow),
     (padding, 1, 2, 1, 128),
 ], ids=["two packs", "heads of 128", "one image", "padding"])
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="hopper_interpreter.py extends that of jax 0.10")
 def test_values_and_gradients_are_the_dense_ones(rows, packs, groups, shared, size):
     """Without a race between copies, products and the reuse of their memory."""
     check(rows(packs, PAST + LENGTH), np.random.default_rng(0), groups, shared, size)
@@ -131,7 +133,8 @@ def test_auto_takes_the_kernel_on_hopper_alone():
     assert "mosaic_gpu" not in lowered("cuda", 300, 64, jnp.float32)
     assert "mosaic_gpu" not in lowered("cuda", 100, 64)
     assert "mosaic_gpu" not in lowered("cpu", 300, 64)
-    assert lowered("tpu", 300, 64).count("tpu_custom_call") == 2
+    with on_tpus(MeshConfig(fsdp=1)):
+        assert lowered("tpu", 300, 64).count("tpu_custom_call") == 2
 
 
 @pytest.mark.parametrize("backend, capability, wanted", [

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from attention_cases import dense, gradients, one_image, padding, random_rows
+from attention_cases import dense, gradients, on_tpus, one_image, padding, random_rows
 from data_pipelines.batch import Rows, visible
 from irg_jax.kernels import tiles, tpu
 from irg_jax.kernels.attention import MAX_HEAD, attend, look
@@ -18,7 +18,7 @@ from irg_jax.models.config import LLMConfig
 from irg_jax.models.decoder import Decoder
 from irg_jax.models.functional import Functional
 from irg_jax.models.streams import Streams
-from irg_jax.parallel.sharding import MeshConfig, make_mesh
+from irg_jax.parallel.sharding import MeshConfig
 from irg_jax.training.planned import count_pairs
 
 PAST, LENGTH, TILE = 13, 45, 8    # neither is a multiple of the tile
@@ -151,8 +151,9 @@ def lowered(platform: str, implementation: str, queries: int = 300, size: int = 
                   for name in Rows._fields))
     heads = [jax.ShapeDtypeStruct((1, queries, count, size), jnp.bfloat16) for count in (4, 2, 2)]
     loss = lambda query, key, value, rows: attend(query, key, value, look(rows, rows), implementation).sum()
-    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*heads, rows)
-    return program.lower(lowering_platforms=(platform,)).as_text()
+    with on_tpus(MeshConfig(fsdp=1)):
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*heads, rows)
+        return program.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_auto_takes_the_kernel_on_a_tpu_alone():
@@ -174,7 +175,7 @@ def test_remat_runs_attention_again_only_if_asked(mesh, remat, calls):
     def loss(params, x, rows):
         hidden, _ = decoder.bind(params)(Streams(x, x, x), Streams(rows, rows, rows), remat=remat)
         return hidden.text.sum()
-    with jax.set_mesh(make_mesh(mesh, jax.devices()[:mesh.fsdp * mesh.context])):
+    with on_tpus(mesh):
         program = jax.jit(jax.grad(loss)).trace(decoder.shapes, shape(jnp.float32, 64), rows)
         assert program.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == calls
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from attention_cases import on_tpus
 from data_pipelines.batch import Rows
 from irg_jax.kernels.attention import attend, look
 from irg_jax.parallel.sharding import MeshConfig, make_mesh
@@ -34,7 +35,8 @@ def test_slices_are_parts_of_data(libtpu):
     ("v5p-8", 16, 16, 72, 19_968)])   # the vision encoder
 def test_attention_of_a_whole_pack_compiles(libtpu, name, heads, key_heads, size, slots):
     """Values and gradients; memory besides arguments and results is that of the list of work and the pads."""
-    device = SingleDeviceSharding(compile_devices(find_topology(name))[0])
+    chip = compile_devices(find_topology(name))[0]
+    device = SingleDeviceSharding(chip)
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((1, slots, *more), dtype, sharding=device)
     rows = Rows(*(shape(np.bool_ if name == "noised" else np.int32) for name in Rows._fields))
     query, key = (shape(jnp.bfloat16, count, size) for count in (heads, key_heads))
@@ -43,6 +45,7 @@ def test_attention_of_a_whole_pack_compiles(libtpu, name, heads, key_heads, size
         sight = look(rows, rows)
         out, back = jax.vjp(lambda *heads: attend(*heads, sight), query, key, value)
         return out, back(weight)
-    lowered = jax.jit(run).trace(query, key, key, query, rows).lower(lowering_platforms=("tpu",))
+    with on_tpus(MeshConfig(fsdp=1), chip.device_kind):
+        lowered = jax.jit(run).trace(query, key, key, query, rows).lower(lowering_platforms=("tpu",))
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 12 * slots * heads * 128 * 2    # a dozen arrays like the queries

@@ -76,7 +76,8 @@ def slice_of(device: jax.Device) -> int:
 
 def make_abstract_mesh(config: MeshConfig, num_devices: int, slices: int = 1) -> AbstractMesh:
     """The same of devices that are not looked for. Raises: as `make_mesh`."""
-    return AbstractMesh(tuple(mesh_sizes(config, num_devices, slices)), MESH_AXES)
+    return AbstractMesh(tuple(mesh_sizes(config, num_devices, slices)), MESH_AXES,
+                        axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_sizes(config: MeshConfig, num_devices: int, slices: int) -> list[int]:
