@@ -169,6 +169,17 @@ def test_of_a_stack_a_fusion_reads_what_it_takes(inner, layers):
     assert measure_work(Module(text)).hbm_bytes == (layers + 2) * layer + 4    # y, the result, and an index
 
 
+@pytest.mark.parametrize("operand", ["%w", "%t#0"])
+def test_an_element_of_a_tuple_is_read_alone(operand):
+    """Taken by an instruction, or named behind its tuple, as from libtpu 0.0.48 on."""
+    pair = "%t = (bf16[28,64,128]{2,1,0}, f32[4096,4096]{1,0}) parameter(0)"
+    taken = "%w = bf16[28,64,128]{2,1,0} get-tuple-element(%t), index=0"
+    text = NESTED.replace("%w = bf16[28,64,128]{2,1,0} parameter(0)",
+                          f"{pair}\n  {taken}" if operand == "%w" else pair)
+    text = text.replace("fusion(%w,", f"fusion({operand},")
+    assert measure_work(Module(text)).hbm_bytes == 3 * 64 * 128 * 2.0 + 4
+
+
 VIEWED = """%view (all: bf16[28,64,128]) -> bf16[28,64,128] {
   %all = bf16[28,64,128]{2,1,0} parameter(0)
   ROOT %same = bf16[28,64,128]{2,1,0} copy(%all)

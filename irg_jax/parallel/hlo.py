@@ -79,7 +79,9 @@ class Module:
                 block = self.computations[head[2]] = {}
                 self.entry = head[2] if head[1] else self.entry
             elif block is not None and (found := _LINE.match(line)):
-                block[found[2]] = _instruction(found[2], line[found.end():], bool(found[1]))
+                instruction = _instruction(found[2], line[found.end():], bool(found[1]))
+                block |= {name: _element(block, name) for name in instruction.operands if "#" in name}
+                block[found[2]] = instruction
         if not self.entry:
             raise ValueError("this is no text of an HLO module: it has no ENTRY")
 
@@ -135,7 +137,15 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
     op, _, rest = rest.partition("(")
     end = _closing("(" + rest, 0) - 1
     return Instruction(name, op, tuple(map(_array, _ARRAY.finditer(shape))),
-                       tuple(re.findall(r"%([\w.\-]+)", rest[:end])), rest[:end], rest[end + 1:], is_root)
+                       tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", rest[:end])), rest[:end], rest[end + 1:],
+                       is_root)
+
+
+def _element(block: dict[str, Instruction], name: str) -> Instruction:
+    """`%tuple#1`, as newer compilers write it, as the instruction of its own that older ones have for it."""
+    whole, _, place = name.partition("#")
+    return Instruction(name, "get-tuple-element", (block[whole].arrays[int(place)],), (whole,), f"%{whole}",
+                       f", index={place}", False)
 
 
 def _closing(text: str, start: int) -> int:
