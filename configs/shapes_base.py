@@ -3,8 +3,8 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set (10 minutes), trains a tokenizer and the autoencoder (15), computes moments (13), trains the
-network to draw (60), its vision encoder by itself (5), the network on plain text-to-image, captions,
+builds the data set (10 minutes), trains a tokenizer and the autoencoder (15 to 21), computes moments (13),
+trains the network to draw (60), its vision encoder by itself (5), the network on plain text-to-image, captions,
 questions and editing (65), on text alone (20), on all of it (75) and on edits of 5,000 pictures that it drew
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
 resumes. Minutes are of two cores, put together from parts that ran at different times.
