@@ -3,7 +3,8 @@ r"""Makes the miniature's base: data, tokenizer, autoencoder, then a network tha
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-Every step is skipped if its result is there, and training resumes.
+Every step is skipped if its result is there, and training resumes. On another machine the last result alone,
+a model checkpoint at RUN/seeing, RUN/see, RUN/read or RUN/base, takes the place of all that led to it.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from data_pipelines.sources import ParquetRows
 from data_pipelines.tokenizer import Tokenizer, train_tokenizer
 from irg_jax.checkpoints.bagel import export_folder
 from irg_jax.checkpoints.bundle import is_exported
-from irg_jax.checkpoints.model import Model, load_model, save_model
+from irg_jax.checkpoints.model import PARAMS, Model, load_model, save_model
 from irg_jax.config import TrainConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
@@ -99,9 +100,6 @@ def reasoning_texts() -> list[str]:
 def prepare(config: BaseConfig, workdir: pathlib.Path) -> None:
     """WORKDIR/initial: trained tokenizer and autoencoder, fresh network."""
     data, modes = workdir / "data", [group.name for group in config.draw.data.groups]
-    build(from_config_dict(BuildConfig, load_config(config.data_config)), out=data)
-    if (workdir / "initial").exists():
-        return
     tokenizer = make_tokenizer(data, modes, config.vocab_size)
     images = load_pictures(data / "train", modes=modes, count=config.autoencoder.num_images)
     vae = Functional(lambda rngs: make_autoencoder(config.model(config.vae, config.vocab_size), rngs=rngs))
@@ -142,24 +140,32 @@ def below(workdir: pathlib.Path, stage: TrainConfig) -> TrainConfig:
     return dataclasses.replace(stage, init_from=str(workdir / stage.init_from), data=data)
 
 
+def find_start(stages: Sequence[TrainConfig]) -> int | None:
+    """The last stage whose weights are there as a model checkpoint; those before it are done or not needed."""
+    known = [number for number, stage in enumerate(stages) if (pathlib.Path(stage.init_from) / PARAMS).is_dir()]
+    return known[-1] if known else None
+
+
 def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
-    prepare(config, workdir)
-    stages = [below(workdir, stage) for stage in (config.draw, config.see, config.read, config.train)]
-    draw, last = stages[0], below(workdir, config.mend)
-    if not (workdir / draw.stage / "model.json").exists():
-        groups = {group.name: group for stage in stages for group in stage.data.groups}
-        data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
-        compute_moments(data, load_model(draw.init_from), pathlib.Path(data.moments), dtype=draw.dtype,
-                        batch_size=64)
-    for stage in stages:
+    stages = [below(workdir, stage)
+              for stage in (config.draw, config.see, config.read, config.train, config.mend)]
+    draw, *_, last = stages
+    build(from_config_dict(BuildConfig, load_config(config.data_config)), out=workdir / "data")
+    if find_start(stages) is None:
+        prepare(config, workdir)
+    start = find_start(stages)
+    groups = {group.name: group for stage in stages[:-1] for group in stage.data.groups}
+    data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
+    compute_moments(data, load_model(stages[start].init_from), pathlib.Path(data.moments), dtype=draw.dtype,
+                    batch_size=64)
+    for stage in stages[start:]:
+        if stage is last:
+            draw_own(config, pathlib.Path(last.init_from), workdir)
         if train(stage, workdir, accepted=values.accept_changes) < stage.total_steps:
             return
         if stage is draw:
             give_eyes(config, workdir / draw.stage, workdir)
-    draw_own(config, workdir / stages[-1].stage, workdir)
-    if train(last, workdir, accepted=values.accept_changes) < last.total_steps:
-        return
     if is_exported(pathlib.Path(values.out), workdir / last.stage):
         print(f"{values.out} is younger than the last checkpoint, and left as it is")
         return

@@ -37,9 +37,10 @@ def get_config(part="recipe"):
 
 def test_a_finished_base_is_left_alone(tmp_path, monkeypatch, capsys):
     """The command again, after all; and after its last stage went on."""
-    for name in ("prepare", "give_eyes", "draw_own", "compute_moments", "load_model"):
+    for name in ("build", "prepare", "give_eyes", "draw_own", "compute_moments", "load_model"):
         monkeypatch.setattr(make_base, name, lambda *args, **options: None)
     monkeypatch.setattr(make_base, "train", lambda stage, *args, **options: stage.total_steps)
+    (tmp_path / "run" / "initial" / "params").mkdir(parents=True)
     written = []
     monkeypatch.setattr(make_base, "export_folder", lambda model, out, dtype: written.append(out))
     config, out = shapes_base.get_config(), tmp_path / "out"
@@ -59,6 +60,31 @@ def test_a_finished_base_is_left_alone(tmp_path, monkeypatch, capsys):
     os.utime(out, (0, 0))
     make_base.main(values)
     assert len(written) == 3
+
+
+@pytest.mark.parametrize("there, missing", [
+    ({"initial"}, ["draw", "see", "read", "base", "mend"]),
+    ({"initial", "seeing"}, ["see", "read", "base", "mend"]),
+    ({"seeing"}, ["see", "read", "base", "mend"]),
+    ({"see", "initial"}, ["read", "base", "mend"]), ({"base"}, ["mend"]),
+    (set(), ["draw", "see", "read", "base", "mend"])])
+def test_it_begins_after_the_last_checkpoint_that_is_there(tmp_path, monkeypatch, there, missing):
+    """A checkpoint handed over from another machine takes the place of what led to it."""
+    trained, drafted = [], []
+    make = lambda name: (tmp_path / name / "params").mkdir(parents=True)
+    for name in ("build", "compute_moments", "load_model", "give_eyes", "export_folder"):
+        monkeypatch.setattr(make_base, name, lambda *args, **options: None)
+    monkeypatch.setattr(make_base, "prepare", lambda config, workdir: make("initial"))
+    monkeypatch.setattr(make_base, "draw_own", lambda config, drawer, workdir: drafted.append(drawer))
+    monkeypatch.setattr(make_base, "is_exported", lambda *args: False)
+    monkeypatch.setattr(make_base, "train", lambda stage, *args, **options:
+                        trained.append(stage.stage) or stage.total_steps)
+    for name in there:
+        make(name)
+    make_base.main(types.SimpleNamespace(config=shapes_base.get_config(), workdir=str(tmp_path),
+                                         out=str(tmp_path / "out"), accept_changes=[]))
+    assert trained == missing and drafted == [tmp_path / "base"]
+    assert (tmp_path / "initial").exists() == ("initial" in there or not there)
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_understanding_sees_with_the_vit_alone_and_says_no_more_than_it_may(gene
     (state, settings), = generator.written
     assert answer.image is None and not generator.drawn
     assert used(state.main) == [PATCHES + length("blue")]
-    assert settings["settings"] == dataclasses.replace(SETTINGS.text, max_length=4, do_sample=False)
+    assert settings["settings"] == [dataclasses.replace(SETTINGS.text, max_length=4, do_sample=False)]
 
 
 def test_any_order_guides_away_from_the_last_text_and_from_all_images(generator):

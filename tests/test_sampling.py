@@ -234,6 +234,17 @@ def test_what_a_context_takes_is_told(generator):
     assert (used(state.main)[0] - before) * per_token == told(shown=1) - told()
 
 
+def test_other_lengths_and_temperatures_of_texts_compile_nothing(generator, caplog):
+    settings = lambda *pairs: [TextConfig(max_length=length, temperature=heat) for length, heat in pairs]
+    state = generator.begin(["a", "a"], seeds=[1, 2])
+    generator.write(state, settings=settings((4, 0.5), (6, 1.0)))
+    with jax.log_compiles():
+        written = generator.write(state, settings=settings((5, 0.2), (3, 2.0)))
+        assert written.lengths.tolist() == [5, 3] and "Compiling" not in caplog.text
+        generator.write(generator.begin(["a"] * 7, seeds=range(7)))
+    assert "Compiling" in caplog.text    # it would have been told: no other test has so many
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(256, 272), (256, 1024), (1008, 272)])
 def test_images_of_the_released_sizes_are_drawn_and_looked_at(height, width):

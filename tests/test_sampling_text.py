@@ -23,14 +23,18 @@ def keys(seeds) -> jax.Array:
     return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
 
 
-def write(rows, seeds, config: TextConfig, *, eos: int = -1, want_logits: bool = False):
+def begin(seeds, *configs: TextConfig, want_logits: bool = False):
+    settings = configs if len(configs) == len(seeds) else [*configs] * len(seeds)
     vocab_size = CONFIG.llm.vocab_size if want_logits else None
-    writing = begin_text(len(seeds), bos=BOS, config=config, vocab_size=vocab_size)
-    return go_on(contexts(rows), writing, seeds, config, eos)[1].written
+    return begin_text(settings, bos=BOS, room=LONGEST, vocab_size=vocab_size)
 
 
-def go_on(context, writing, seeds, config: TextConfig, eos: int = -1):
-    step = lambda context, writing, keys: write_on(bound(), context, writing, keys, eos=eos, config=config)
+def write(rows, seeds, *configs: TextConfig, eos: int = -1, want_logits: bool = False):
+    return go_on(contexts(rows), begin(seeds, *configs, want_logits=want_logits), seeds, eos)[1].written
+
+
+def go_on(context, writing, seeds, eos: int = -1):
+    step = lambda context, writing, keys: write_on(bound(), context, writing, keys, eos=eos)
     return jax.jit(step)(context, writing, keys(seeds))
 
 
@@ -75,9 +79,9 @@ def test_greedy_equals_a_plain_loop_and_stops_where_the_text_ends():
 def test_a_text_goes_on_where_its_context_was_full():
     config, seeds = TextConfig(max_length=LONGEST, temperature=1.0), [5, 6, 7]
     expected = write([0, 1, 2], seeds, config)
-    context, writing = contexts(capacity=7), begin_text(3, bos=BOS, config=config)
+    context, writing = contexts(capacity=7), begin(seeds, config)
     for capacity, tokens in ((7, 3), (9, 5), (30, LONGEST)):
-        context, writing = go_on(cache.enlarge(context, capacity), writing, seeds, config)
+        context, writing = go_on(cache.enlarge(context, capacity), writing, seeds)
         assert int(writing.step) == tokens and int(context.view.length) == 4 + tokens
     np.testing.assert_array_equal(writing.written.ids, expected.ids)
     np.testing.assert_array_equal(writing.written.lengths, expected.lengths)
@@ -90,6 +94,23 @@ def test_sampled_texts_depend_on_their_own_key_alone():
     np.testing.assert_array_equal(ids([2, 0, 1], [7, 5, 9])[:2], together[[2, 0]])
     again = ids([0, 0, 0], [5, 6, 5])
     assert (again[0] == again[2]).all() and (again[0] != again[1]).any()
+
+
+def test_each_text_has_its_own_temperature_and_length():
+    settings = (TextConfig(max_length=LONGEST, temperature=0.5), TextConfig(max_length=3, temperature=2.0),
+                TextConfig(max_length=5, do_sample=False))
+    together = write([0, 1, 2], [5, 6, 7], *settings)
+    for i, one in enumerate(settings):
+        alone = write([i], [5 + i], one)
+        length = int(together.lengths[i])
+        assert length == int(alone.lengths[0]) == one.max_length
+        np.testing.assert_array_equal(together.ids[i, :length], alone.ids[0, :length])
+    greedy = plain_greedy(PROMPTS[2][:LENGTHS[2]].tolist(), 5)[0]
+    assert np.asarray(together.ids[2, :5]).tolist() == greedy
+
+    # What follows after a text's own length is none of its tokens: it did not end by itself.
+    eos = int(write([1], [6], TextConfig(max_length=LONGEST, temperature=2.0)).ids[0, 4])
+    assert not write([0, 1], [5, 6], *settings[:2], eos=eos).is_done[1]
 
 
 def test_tokens_are_drawn_from_the_tempered_distribution():

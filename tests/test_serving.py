@@ -257,11 +257,11 @@ def test_what_is_configured_or_not_compiled_takes_no_place(generator):
     reader = Reader(generator, dataclasses.replace(LIMITS, max_settings=2))
     draw = lambda **fields: reader.read_image_request({"prompt": "a", **fields}, 0, is_edit=False)
     chat = lambda **fields: reader.read_chat_request({"messages": [{"content": "a"}], **fields}, 0)
-    for temperature in (0.1, 0.2, 0.3):   # one way: nothing is sampled
-        draw(do_sample=False, text_temperature=temperature)
-    chat(temperature=0)
-    draw(think=False, cfg_text_scale=2.0, text_temperature=0.5)   # one more, as it writes no text
-    for refused in (lambda: draw(text_temperature=0.5), lambda: chat(max_tokens=3), lambda: draw(size="32x16")):
+    for number in range(1, 6):   # of a text nothing is compiled anew
+        draw(text_temperature=number / 10, max_think_token_n=2 * number)
+        chat(temperature=number / 10, max_tokens=number)
+    draw(cfg_text_scale=2.0)    # of two turns
+    for refused in (lambda: draw(cfg_text_scale=5.0), lambda: draw(size="32x16")):
         with pytest.raises(ValueError, match="max_settings"):
             refused()
     for plain in (draw(), draw(think=False), draw(size="48x32"), chat(), chat(temperature=0)):

@@ -67,13 +67,9 @@ class ModeConfig:
         return _replace(settings, {name: getattr(self, name) for name in names})
 
     def text(self, settings: TextConfig) -> TextConfig:
-        """The settings of a text, with what is given here.
-
-        Where nothing is sampled the temperature stays: it is not read, and another would be compiled anew.
-        """
-        is_sampled = settings.do_sample if self.do_sample is None else self.do_sample
+        """The settings of a text, with what is given here."""
         return _replace(settings, {"max_length": self.max_think_token_n, "do_sample": self.do_sample,
-                                   "temperature": self.text_temperature if is_sampled else None})
+                                   "temperature": self.text_temperature})
 
 
 def infer(generator: Generator, conversations: Sequence[Conversation], mode: ModeConfig = ModeConfig(), *,
@@ -190,7 +186,7 @@ def _write(text: str | None, mode: ModeConfig, config: SamplingConfig
     """The text of a turn, by the model if there is none, and whether it ended."""
     if text is not None or not (mode.think or mode.understanding_output):
         return text or "", True
-    return (yield Step(steps.write, statics=(mode.text(config.text),)))
+    return (yield Step(steps.write, mode.text(config.text)))
 
 
 def _replace(settings: S, values: dict[str, Any]) -> S:

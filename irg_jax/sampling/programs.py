@@ -22,7 +22,7 @@ from irg_jax.models.quantized import find_dtype, is_quantized, quantize, quantiz
 from irg_jax.parallel.sharding import param_shardings, replicated
 from irg_jax.sampling import cache
 from irg_jax.sampling.cache import Context
-from irg_jax.sampling.config import FlowConfig, TextConfig
+from irg_jax.sampling.config import FlowConfig
 from irg_jax.sampling.flow import Branches, draw_latent
 from irg_jax.sampling.text import Writing, write_on
 
@@ -90,11 +90,11 @@ def read_text(weights: Weights, context: Context, tokens: Int[Array, "B T"],
     return cache.append_text(_model(weights, config), context, tokens, lengths)[0]
 
 
-@_growing("eos", "settings")
+@_growing("eos")
 def write(weights: Weights, context: Context, writing: Writing, keys: Key[Array, "B"], *, config: ModelConfig,
-          eos: int, settings: TextConfig) -> tuple[Context, Writing]:
+          eos: int) -> tuple[Context, Writing]:
     """See `text.write_on`."""
-    return write_on(_model(weights, config), context, writing, keys, eos=eos, config=settings)
+    return write_on(_model(weights, config), context, writing, keys, eos=eos)
 
 
 @_compiled("settings")

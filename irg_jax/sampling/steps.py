@@ -146,7 +146,7 @@ def look(generator: Generator, state: State, images: list[np.ndarray]) -> tuple[
     return _none(generator.look(state, images))
 
 
-def write(generator: Generator, state: State, _: list, settings: TextConfig) -> tuple[State, Results]:
+def write(generator: Generator, state: State, settings: list[TextConfig]) -> tuple[State, Results]:
     """Writes the next text. Result: it, and whether it ended by itself."""
     written = generator.write(state, settings=settings)
     return state, list(zip(generator.decode(written), np.asarray(written.is_done).tolist(), strict=True))

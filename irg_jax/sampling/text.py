@@ -4,6 +4,7 @@ Axes: B contexts, M the longest text, W vocabulary.
 Source: `generate_text` of BAGEL's modeling/bagel/bagel.py.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,45 +37,60 @@ class Writing(NamedTuple):
 
     step: Int[Array, ""]         # tokens of each text so far
     token: Int[Array, "B"]       # the next ones to be read
+    longest: Int[Array, "B"]     # each text's `max_length`
+    temperature: Float[Array, "B"]   # 0 takes the likeliest token
     written: Written
 
+    @property
+    def is_going(self) -> Bool[Array, "B"]:
+        """Which texts have not ended, and may be longer."""
+        return ~self.written.is_done & (self.step < self.longest)
 
-def begin_text(batch: int, *, bos: int, config: TextConfig, vocab_size: int | None = None) -> Writing:
-    """Nothing is written yet. Logits are kept if `vocab_size` is given."""
-    shape = (batch, config.max_length)
+
+def begin_text(settings: Sequence[TextConfig], *, bos: int, room: int, vocab_size: int | None = None
+               ) -> Writing:
+    """Nothing is written yet.
+
+    Args: settings are those of each text; room is M, whatever they say, so that they share what is compiled;
+        logits are kept if `vocab_size` is given.
+    """
+    shape = (len(settings), room)
     logits = None if vocab_size is None else jnp.zeros((*shape, vocab_size))
-    written = Written(jnp.zeros(shape, jnp.int32), jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), bool),
+    written = Written(jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:1], jnp.int32), jnp.zeros(shape[:1], bool),
                       logits)
-    return Writing(jnp.int32(0), jnp.full((batch,), bos, jnp.int32), written)
+    return Writing(jnp.int32(0), jnp.full(shape[:1], bos, jnp.int32),
+                   jnp.array([min(one.max_length, room) for one in settings], jnp.int32),
+                   jnp.array([one.temperature if one.do_sample else 0 for one in settings], jnp.float32),
+                   written)
 
 
-def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B"], *, eos: int,
-             config: TextConfig) -> tuple[Context, Writing]:
-    """Decodes until every text has ended, `config.max_length` tokens are there, or the contexts are full.
+def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B"], *, eos: int
+             ) -> tuple[Context, Writing]:
+    """Decodes until every text has ended or is as long as it may be, or the contexts are full.
 
-    A text depends on its key and its context, not on its neighbours, nor on where contexts were full.
+    A text depends on its key, settings and context, not on its neighbours, nor on where contexts were full.
     """
     def body(state: tuple[Context, Writing]) -> tuple[Context, Writing]:
-        context, (step, token, written) = state
+        context, writing = state
+        (step, token, *_, written), is_going = writing, writing.is_going
         context, hidden = append_text(model, context, token[:, None], jnp.ones_like(token))
         logits = model.logits(hidden)[:, 0]
-        following = _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), config)
-        written = Written(written.ids.at[:, step].set(token), written.lengths + ~written.is_done,
-                          written.is_done | (following == eos),
+        following = _choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, step), writing.temperature)
+        written = Written(written.ids.at[:, step].set(token), written.lengths + is_going,
+                          written.is_done | is_going & (following == eos),
                           None if written.logits is None else written.logits.at[:, step].set(logits))
-        return context, Writing(step + 1, following, written)
+        return context, writing._replace(step=step + 1, token=following, written=written)
 
     def is_going(state: tuple[Context, Writing]):
         context, writing = state
-        return ((writing.step < config.max_length) & ~jnp.all(writing.written.is_done)
-                & (context.view.length < context.view.capacity))
+        return jnp.any(writing.is_going) & (context.view.length < context.view.capacity)
     view = context.view._replace(length=jnp.asarray(context.view.length, jnp.int32))
     return jax.lax.while_loop(is_going, body, (context._replace(view=view), writing))
 
 
-def _choose(logits: Float[Array, "B W"], keys: Key[Array, "B"], config: TextConfig
+def _choose(logits: Float[Array, "B W"], keys: Key[Array, "B"], temperature: Float[Array, "B"]
             ) -> Int[Array, "B"]:
-    if not config.do_sample:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    sample = lambda key, row: jax.random.categorical(key, row / config.temperature)
-    return jax.vmap(sample)(keys, logits).astype(jnp.int32)
+    is_sampled = temperature > 0
+    tempered = logits / jnp.where(is_sampled, temperature, 1)[:, None]
+    sampled = jax.vmap(jax.random.categorical)(keys, tempered)
+    return jnp.where(is_sampled, sampled, jnp.argmax(logits, -1)).astype(jnp.int32)

@@ -201,21 +201,23 @@ class Generator:
         main = self._append_patches(main, images)
         return dataclasses.replace(state, main=main, turn=state.turn + 1)
 
-    def write(self, state: State, *, settings: TextConfig | None = None, want_logits: bool = False) -> Written:
-        """The next text as ids, see `text.Written`; the state is as it was. Settings as configured if None.
+    def write(self, state: State, *, settings: Sequence[TextConfig] = (), want_logits: bool = False) -> Written:
+        """The next text as ids, see `text.Written`; the state is as it was.
 
         Every token reads the whole cache, so that grows as texts do and not to their greatest length at once.
+
+        Args: settings are those of each text, as configured if there are none.
         """
-        settings, multiple = settings or self.config.text, self.config.cache_multiple
-        keys = _keys(state.seeds, state.turn, TEXT)
-        writing = begin_text(len(keys), bos=self.tokenizer.bos, config=settings,
+        keys, multiple = _keys(state.seeds, state.turn, TEXT), self.config.cache_multiple
+        settings = settings or [self.config.text] * len(keys)
+        longest = max(one.max_length for one in settings)
+        writing = begin_text(settings, bos=self.tokenizer.bos, room=max(longest, self.config.text.max_length),
                              vocab_size=self.model_config.llm.vocab_size if want_logits else None)
-        context = self._reserve(state.main, min(settings.max_length, -(-multiple // 2)))
+        context = self._reserve(state.main, min(longest, -(-multiple // 2)))
         context = fork(state).main if context is state.main else context    # it is used up, the state is not
         while True:
-            context, writing = self._run(programs.write, context, writing, keys, eos=self.tokenizer.eos,
-                                         settings=settings)
-            if writing.step == settings.max_length or np.all(writing.written.is_done):
+            context, writing = self._run(programs.write, context, writing, keys, eos=self.tokenizer.eos)
+            if not np.any(writing.is_going):
                 return writing.written
             context = cache.enlarge(context, context.view.capacity + multiple)
 

@@ -22,7 +22,7 @@ class ServeConfig:
     max_n: int = 4                  # trajectories of one request
     max_turns: int = 4
     max_timesteps: int = 100
-    max_settings: int = 32          # ways to draw or write beside the configured: each is compiled and kept
+    max_settings: int = 32          # ways to draw, and sizes, beside the configured: each is compiled and kept
     warm_up: bool = True            # compiles the usual ways before the first request
 
     def __post_init__(self):

@@ -90,8 +90,7 @@ class Reader:
         self._generator, self._config = generator, config
         known = generator.config
         # What is configured is for everybody, whatever others have asked for.
-        self._configured = {known.text, known.turn1, known.turn2, (known.height, known.width),
-                            generator.sizes_seen(None)}
+        self._configured = {known.turn1, known.turn2, (known.height, known.width), generator.sizes_seen(None)}
         self._settings: set[Hashable] = set()
         self._lock = threading.Lock()   # bodies are read by several threads
 
@@ -199,6 +198,7 @@ class Reader:
                              "'max_tokens') is asked for; use at least 1, and at most "
                              f"{config.text.max_length - opening}")
         try:
+            mode.text(config.text)    # nothing of it is compiled, but it may be out of range
             ways = _find_ways(wanted, config)
         except ValueError as error:
             raise ValueError(f"a field is out of range: {error}") from error
@@ -213,9 +213,9 @@ class Reader:
 
     def _admit(self, settings: set[Hashable]) -> None:
         if len(self._settings | settings) > self._config.max_settings:
-            raise ValueError(f"the server has its limit of {self._config.max_settings} ways to draw and write "
-                             "beside the configured ones (max_settings), and compiles no others; leave "
-                             "settings and sizes out, or repeat earlier ones")
+            raise ValueError(f"the server has its limit of {self._config.max_settings} ways to draw beside the "
+                             "configured ones (max_settings), and compiles no others; leave settings and sizes "
+                             "out, or repeat earlier ones")
         self._settings |= settings
 
     def _limit(self, what: str, value: int, name: str, factor: int = 1) -> None:
@@ -225,14 +225,11 @@ class Reader:
 
 
 def _find_ways(wanted: Wanted, config: SamplingConfig) -> set[Hashable]:
-    """The settings that the steps of a request run with. Raises: ValueError for one that is out of range."""
-    mode = wanted.mode
-    text = mode.text(config.text)
-    ways: set[Hashable] = {text} if mode.think or mode.understanding_output else set()
-    if not mode.understanding_output:
-        shown = count_images(wanted.conversation)
-        ways |= {mode.flow(config.flow(shown + number)) for number in range(mode.num_turns)}
-    return ways
+    """The settings that a request's images are drawn with. Raises: ValueError for one that is out of range."""
+    if wanted.mode.understanding_output:
+        return set()
+    shown = count_images(wanted.conversation)
+    return {wanted.mode.flow(config.flow(shown + number)) for number in range(wanted.mode.num_turns)}
 
 
 def _convert(cls: type[T], fields: Mapping[str, Any], others: tuple[str, ...] = ()) -> T:
