@@ -7,8 +7,8 @@ builds the data set (8 minutes), trains a tokenizer and the autoencoder (35), co
 the network to draw (100), its vision encoder by itself (11), the network on plain text-to-image, captions,
 questions and editing (65), on text alone (20), on all of it (75) and on edits of 5,000 pictures that it drew
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
-resumes. Minutes are of two cores: up to the encoder those of a run of this recipe on 2026-11-28, with a little
-beside it; from there on put together from parts of earlier ones, and so less than they will be.
+resumes. Minutes are of two cores: up to the encoder those of a run of this recipe on 2026-11-28, with other
+work beside it; from there on put together from parts of earlier ones, `see` in shorter packs.
 
 The weights in assets/shapes_base went a longer way while the recipe was found. `see` stopped at step 6,776 of a
 cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder that

@@ -146,19 +146,30 @@ def find_start(stages: Sequence[TrainConfig]) -> int | None:
     return known[-1] if known else None
 
 
+def make_data(config: BaseConfig, stages: Sequence[TrainConfig], workdir: pathlib.Path) -> int:
+    """The data of all stages but the last, and its moments; the first checkpoint too if there is none yet.
+
+    Returns: which stage to begin with.
+    """
+    build(from_config_dict(BuildConfig, load_config(config.data_config)), out=workdir / "data")
+    if find_start(stages) is None:
+        prepare(config, workdir)
+    start = find_start(stages) or 0
+    groups = {group.name: group for stage in stages[:-1] for group in stage.data.groups}
+    data = dataclasses.replace(stages[0].data, groups=tuple(groups.values()))
+    compute_moments(data, load_model(stages[start].init_from), pathlib.Path(data.moments),
+                    dtype=stages[0].dtype, batch_size=64)
+    return start
+
+
 def main(values) -> None:
     config, workdir = from_config_dict(BaseConfig, values.config), pathlib.Path(values.workdir)
     stages = [below(workdir, stage)
               for stage in (config.draw, config.see, config.read, config.train, config.mend)]
     draw, *_, last = stages
-    build(from_config_dict(BuildConfig, load_config(config.data_config)), out=workdir / "data")
-    if find_start(stages) is None:
-        prepare(config, workdir)
     start = find_start(stages)
-    groups = {group.name: group for stage in stages[:-1] for group in stage.data.groups}
-    data = dataclasses.replace(draw.data, groups=tuple(groups.values()))
-    compute_moments(data, load_model(stages[start].init_from), pathlib.Path(data.moments), dtype=draw.dtype,
-                    batch_size=64)
+    if start is None or stages[start] is not last:    # that one learns from data of its own
+        start = make_data(config, stages, workdir)
     for stage in stages[start:]:
         if stage is last:
             draw_own(config, pathlib.Path(last.init_from), workdir)

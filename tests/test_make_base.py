@@ -70,10 +70,11 @@ def test_a_finished_base_is_left_alone(tmp_path, monkeypatch, capsys):
     (set(), ["draw", "see", "read", "base", "mend"])])
 def test_it_begins_after_the_last_checkpoint_that_is_there(tmp_path, monkeypatch, there, missing):
     """A checkpoint handed over from another machine takes the place of what led to it."""
-    trained, drafted = [], []
+    trained, drafted, built = [], [], []
     make = lambda name: (tmp_path / name / "params").mkdir(parents=True)
-    for name in ("build", "compute_moments", "load_model", "give_eyes", "export_folder"):
+    for name in ("compute_moments", "load_model", "give_eyes", "export_folder"):
         monkeypatch.setattr(make_base, name, lambda *args, **options: None)
+    monkeypatch.setattr(make_base, "build", lambda config, out: built.append(out))
     monkeypatch.setattr(make_base, "prepare", lambda config, workdir: make("initial"))
     monkeypatch.setattr(make_base, "draw_own", lambda config, drawer, workdir: drafted.append(drawer))
     monkeypatch.setattr(make_base, "is_exported", lambda *args: False)
@@ -84,6 +85,7 @@ def test_it_begins_after_the_last_checkpoint_that_is_there(tmp_path, monkeypatch
     make_base.main(types.SimpleNamespace(config=shapes_base.get_config(), workdir=str(tmp_path),
                                          out=str(tmp_path / "out"), accept_changes=[]))
     assert trained == missing and drafted == [tmp_path / "base"]
+    assert built == ([] if there == {"base"} else [tmp_path / "data"])    # `mend` has data of its own
     assert (tmp_path / "initial").exists() == ("initial" in there or not there)
 
 

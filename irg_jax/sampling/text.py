@@ -90,7 +90,9 @@ def write_on(model: IRG, context: Context, writing: Writing, keys: Key[Array, "B
 
 def _choose(logits: Float[Array, "B W"], keys: Key[Array, "B"], temperature: Float[Array, "B"]
             ) -> Int[Array, "B"]:
-    is_sampled = temperature > 0
-    tempered = logits / jnp.where(is_sampled, temperature, 1)[:, None]
-    sampled = jax.vmap(jax.random.categorical)(keys, tempered)
-    return jnp.where(is_sampled, sampled, jnp.argmax(logits, -1)).astype(jnp.int32)
+    likeliest, is_sampled = jnp.argmax(logits, -1), temperature > 0
+
+    def sample() -> Int[Array, "B"]:
+        tempered = logits / jnp.where(is_sampled, temperature, 1)[:, None]
+        return jnp.where(is_sampled, jax.vmap(jax.random.categorical)(keys, tempered), likeliest)
+    return jax.lax.cond(jnp.any(is_sampled), sample, lambda: likeliest).astype(jnp.int32)
