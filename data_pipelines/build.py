@@ -35,7 +35,7 @@ def main(values: Any) -> None:
                          "as parquet, and a folder of parquet as array_record")
     if values.source == SHAPES:
         config = from_config_dict(BuildConfig, values.config)
-        written = build(config, out=values.out, overwrite=values.overwrite)
+        written = build(config, out=values.out, overwrite=values.overwrite, workers=values.workers)
         records, modes = sum(config.counts.values()), len(config.counts)
     else:
         written, records, modes = _convert(values)

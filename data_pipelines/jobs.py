@@ -1,11 +1,13 @@
 """Many pieces of work over a few processes, none of which outlives the command."""
 
+import collections
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -25,19 +27,44 @@ def run_jobs(function: Callable[[Job], Result], jobs: Sequence[Job], *,
     if min(workers, len(jobs)) <= 1:
         yield from ((index, function(job)) for index, job in enumerate(jobs))
         return
+    with open_pool(min(workers, len(jobs))) as pool:
+        indices = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+        for future in concurrent.futures.as_completed(indices):
+            yield indices[future], future.result()
+
+
+@contextlib.contextmanager
+def open_pool(workers: int) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """A context of worker processes; its end waits for what runs, and drops what waits.
+
+    Raises: ValueError, in place of what the pool raises, if a worker was killed.
+    """
     # Forked processes would inherit the locks of threads that they do not have.
     with concurrent.futures.ProcessPoolExecutor(
-            min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn"),
-            initializer=end_with_parent) as pool:
-        indices = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
-            for future in concurrent.futures.as_completed(indices):
-                yield indices[future], future.result()
+            yield pool
         except BrokenProcessPool as error:
             raise ValueError("a worker process was killed; if the machine ran out of memory, use fewer "
                              "--workers, and run the same command again") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def map_ahead(pool: concurrent.futures.Executor, function: Callable[[Job], Result], jobs: Iterable[Job], *,
+              ahead: int) -> Iterator[Result]:
+    """The results in order, while the pool works on up to `ahead` more; jobs may be without end."""
+    running: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
+    try:
+        for job in jobs:
+            running.append(pool.submit(function, job))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for future in running:
+            future.cancel()
 
 
 def show_progress(**options: Any) -> tqdm:

@@ -130,7 +130,7 @@ def draw_own(config: BaseConfig, drawer: pathlib.Path, workdir: pathlib.Path) ->
     build(dataclasses.replace(data, drafts=str(out)), out=workdir / "own_data")
     stage = below(workdir, config.mend)
     compute_moments(stage.data, load_model(drawer), pathlib.Path(stage.data.moments), dtype=stage.dtype,
-                    batch_size=64)
+                    batch_size=16)
 
 
 def below(workdir: pathlib.Path, stage: TrainConfig) -> TrainConfig:
@@ -158,7 +158,7 @@ def make_data(config: BaseConfig, stages: Sequence[TrainConfig], workdir: pathli
     groups = {group.name: group for stage in stages[:-1] for group in stage.data.groups}
     data = dataclasses.replace(stages[0].data, groups=tuple(groups.values()))
     compute_moments(data, load_model(stages[start].init_from), pathlib.Path(data.moments),
-                    dtype=stages[0].dtype, batch_size=64)
+                    dtype=stages[0].dtype, batch_size=16)
     return start
 
 

@@ -62,7 +62,7 @@ def list_steps(size: str, out: str, seed: int = 0) -> list[Step]:
             " --format parquet --out {out}/data --config.drafts={out}/drafts")),
         Step("moments", (10, 115), command(
             f"-m irg_jax.moments --config {config('shapes_stage1')} --checkpoint {{out}}/base"
-            " --config.data.source={out}/data --batch_size 32 --out {out}/moments")),
+            " --config.data.source={out}/data --batch_size 16 --out {out}/moments")),
         Step("stage1", (33, 590), (*command(
             f"-m irg_jax.train --config {config('shapes_stage1')} --workdir {{out}}"
             " --config.init_from={out}/base --config.data.source={out}/data"

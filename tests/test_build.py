@@ -72,8 +72,9 @@ def test_records_follow_their_mode(built, mode):
     assert all(part.data[:4] == b"\x89PNG" for part in parts if isinstance(part, ImagePart))
 
 
-def test_same_configuration_same_bytes(built, tmp_path):
-    assert build(CONFIG, out=tmp_path / "again")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_configuration_same_bytes(built, tmp_path, workers):
+    assert build(CONFIG, out=tmp_path / "again", workers=workers)
     assert contents(tmp_path / "again") == contents(built)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from irg_jax.models.functional import Functional
 from irg_jax.models.irg import make_autoencoder
 from irg_jax.training import moments
 from irg_jax.training.losses import LossConfig, encode_latents
-from irg_jax.training.moments import check_moments, compute_moments
+from irg_jax.training.moments import check_moments, compute_moments, encode_in_order
 
 MODEL = make_model(tokenizer=make_tokenizer())
 PATCH = MODEL.config.pixels_per_token
@@ -103,6 +104,31 @@ def test_killed_work_goes_on(config, folder, tmp_path, monkeypatch):
     one, other = (Packs(dataclasses.replace(config, moments=str(out)), make_tokenizer())[0]
                   for out in (whole, torn))
     np.testing.assert_array_equal(one.latent_moments, other.latent_moments)
+
+
+class SlowEncoder:
+    """Stands for an encoder: the later a batch begins, the sooner it may be done."""
+
+    def __init__(self, batch_size: int, at_once: int, seconds: list[float]):
+        self.batch_size, self.at_once, self._seconds, self.sizes = batch_size, at_once, seconds, []
+
+    def __call__(self, canvases: list[int]) -> list[int]:
+        self.sizes.append(len(canvases))
+        time.sleep(self._seconds[canvases[0] % len(self._seconds)])
+        return [-canvas for canvas in canvases]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.integers(0, 5), max_size=15), st.integers(1, 6), st.integers(1, 3),
+       st.lists(st.floats(0, 2e-3), min_size=1, max_size=5))
+def test_records_keep_their_images_however_they_are_batched(counts, batch_size, at_once, seconds):
+    numbers = iter(range(1, 100))
+    records = [None if count is None else [next(numbers) for _ in range(count)] for count in counts]
+    encoder = SlowEncoder(batch_size, at_once, seconds)
+    told = list(encode_in_order(iter(records), encoder))
+    assert told == [record and [-number for number in record] for record in records]
+    total = sum(filter(None, counts))
+    assert len(encoder.sizes) == -(-total // batch_size) and max(encoder.sizes, default=0) <= batch_size
 
 
 def test_moments_of_something_else_are_refused(config, folder, tmp_path):

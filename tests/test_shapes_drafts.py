@@ -194,6 +194,8 @@ def test_a_data_set_is_built_from_drafts(folder, drafts, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
     assert manifest["drafts_used"] == len(usable) and manifest["drafts"]
     assert not build(config, out=tmp_path / "data")
+    assert build(config, out=tmp_path / "by_processes", workers=2)
+    assert json.loads((tmp_path / "by_processes" / "manifest.json").read_text()) == manifest
     monkeypatch.setattr(shapes_build, "look_at", lambda drafts: [])
     with pytest.raises(ValueError, match="every draft shows a held-out combination"):
         build(config, out=tmp_path / "other")

@@ -1,11 +1,13 @@
 """The frozen encoder's moments of a data set, computed once; `data_pipelines.moments` has the format."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
@@ -19,6 +21,7 @@ from data_pipelines import images
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.datasets import Source, open_source
 from data_pipelines.digests import write_text
+from data_pipelines.jobs import default_workers, map_ahead
 from data_pipelines.moments import Layout, describe, read_manifest, vae_parts, write_manifest, write_shard
 from data_pipelines.samples import Kind, image_rule
 from irg_jax.checkpoints import names
@@ -59,6 +62,8 @@ class Encoder:
     def __init__(self, model: Model, config: DataConfig, *, batch_size: int, dtype: str):
         self.side = config.canvas
         self.patch, self.batch_size = config.latent_patch, batch_size
+        # On processors one batch keeps little more than a core busy; elsewhere the next is got ready meanwhile.
+        self.at_once = min(default_workers(), 4) if jax.default_backend() == "cpu" else 2
         mesh = jax.sharding.Mesh(jax.local_devices(), ("images",))
         if batch_size % mesh.size:
             raise ValueError(f"batch_size is {batch_size}; make it a multiple of the {mesh.size} devices here")
@@ -148,17 +153,31 @@ def encode_records(source: Source, indices: range, group: GroupConfig, config: D
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=2 * encoder.batch_size)
     # Grain drops elements that are None, so a record travels in a tuple.
     loaded = grain.MapDataset.source(indices).map(lambda index: (load(index),)).to_iter_dataset(options)
-    waiting: list[list[Canvas] | None] = []
-    for count, (record,) in enumerate(loaded, 1):
-        waiting.append(record)
-        if count == len(indices) or sum(len(each or ()) for each in waiting) >= encoder.batch_size:
-            yield from _encode(waiting, encoder)
-            waiting = []
+    yield from encode_in_order((record for (record,) in loaded), encoder)
 
 
-def _encode(records: list[list[Canvas] | None], encoder: Encoder) -> Iterator[list[np.ndarray] | None]:
-    canvases = [canvas for record in records for canvas in record or ()]
-    batches = [canvases[i:i + encoder.batch_size] for i in range(0, len(canvases), encoder.batch_size)]
-    moments = itertools.chain.from_iterable(map(encoder, batches))
-    for record in records:
-        yield None if record is None else list(itertools.islice(moments, len(record)))
+def encode_in_order(records: Iterable[list[Canvas] | None],
+                    encoder: Encoder) -> Iterator[list[np.ndarray] | None]:
+    """Each record's moments, in order. Batches are full, wherever records end; some are encoded at once."""
+    counts: collections.deque[int | None] = collections.deque()    # of records whose moments are yet to come
+
+    def canvases() -> Iterator[Canvas]:
+        for record in records:
+            counts.append(None if record is None else len(record))
+            yield from record or ()
+
+    stream, ready = canvases(), collections.deque()
+    batches = iter(lambda: list(itertools.islice(stream, encoder.batch_size)), [])
+    with ThreadPoolExecutor(encoder.at_once) as pool:
+        for moments in map_ahead(pool, encoder, batches, ahead=encoder.at_once):
+            ready.extend(moments)
+            yield from _take_whole(counts, ready)
+    yield from _take_whole(counts, ready)
+
+
+def _take_whole(counts: collections.deque[int | None],
+                ready: collections.deque[np.ndarray]) -> Iterator[list[np.ndarray] | None]:
+    """Takes the first records, as many as are ready to the last image."""
+    while counts and (counts[0] or 0) <= len(ready):
+        count = counts.popleft()
+        yield None if count is None else [ready.popleft() for _ in range(count)]
