@@ -43,7 +43,7 @@ class BadRecords:
     def __init__(self, sizes: Mapping[str, int], max_share: float):
         """Args: sizes of the groups in records; max_share of a group's records may be bad."""
         self._sizes, self._max_share = sizes, max_share
-        self._named: dict[str, set[str]] = {name: set() for name in sizes}
+        self._named: dict[str, dict[str, None]] = {name: {} for name in sizes}    # in the order of their coming
         self._causes: Counter[str] = Counter()
 
     def add(self, fault: Fault) -> None:
@@ -54,7 +54,7 @@ class BadRecords:
         named, size = self._named[fault.group], self._sizes[fault.group]
         if fault.reason in named:
             return
-        named.add(fault.reason)
+        named[fault.reason] = None
         self._causes[f"bad_{find_cause(fault.reason)}"] += 1
         allowed = int(size * self._max_share)
         place = f"bad record {len(named)} of group {fault.group!r}"
@@ -62,6 +62,11 @@ class BadRecords:
             raise ValueError(f"{fault.reason} ({place}, more than the {allowed} of {size} that max_bad_share "
                              f"{self._max_share:g} allows); repair the data, or raise data.max_bad_share")
         logging.warning("left out %s, at most %d: %s", place, allowed, fault.reason)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """All that were added, by group."""
+        return [Fault(group, reason) for group, reasons in self._named.items() for reason in reasons]
 
     @property
     def counts(self) -> dict[str, int]:

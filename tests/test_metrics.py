@@ -1,6 +1,7 @@
 """What is told of a step, and to whom."""
 
 import contextlib
+import dataclasses
 import json
 import resource
 import sys
@@ -13,8 +14,10 @@ from PIL import Image
 
 from data_pipelines.pipeline import make_iterator
 from irg_jax.parallel.hosts import Hosts
+from irg_jax.parallel.sharding import MeshConfig
 from irg_jax.training.dry_run import measured_seconds
 from irg_jax.training.goodput import Ledger
+from irg_jax.training.loop import train
 from irg_jax.training.metrics import EventLog, LineFile, MetricWriter, Progress
 from irg_jax.training.trainer import Trainer
 from test_faults import PIXELS, TOKENIZER, data_with
@@ -86,6 +89,17 @@ def test_a_bad_record_is_an_event_once_whoever_met_it_also_the_one_too_many(tmp_
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["text"] for event in events] == [f"full: {fault.reason}", "full: row 3 is bad"]
     assert "row 4" in fault.reason and 0 <= events[0]["step"] < 12 and events[1]["step"] == 13
+
+
+def test_records_that_were_bad_when_steps_were_planned_are_events_of_every_start(base, tmp_path):  # noqa: F811
+    data = data_with(tmp_path / "data", "no conversation", packs_per_step=1, max_bad_share=0.2)
+    fields = config(base, total_steps=1, mesh=MeshConfig(context=8), data=data)
+    for start in range(2):
+        longer = dataclasses.replace(fields, total_steps=start + 1)
+        assert train(longer, tmp_path, accepted=["total_steps"]) == start + 1
+    told = [json.loads(line) for line in (tmp_path / "stage1" / "events.jsonl").read_text().splitlines()]
+    bad = [event for event in told if event["event"] == "bad record"]
+    assert [event["step"] for event in bad] == [0, 1] and all("row 4" in event["text"] for event in bad)
 
 
 def test_the_record_that_ends_a_run_is_an_event(tmp_path):

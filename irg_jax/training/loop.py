@@ -104,6 +104,7 @@ def fit(trainer: Trainer, interrupt: Interrupt, watchdog: Watchdog, draw: Draw |
         for sentence in trainer.changes:
             logging.warning("%s", sentence)
             events.write("config", trainer.start, sentence)
+        trainer.tell_planned()
         bar = tqdm.tqdm(total=config.total_steps, initial=trainer.start, desc=config.stage, unit="step",
                         mininterval=1.0, disable=writer is None)
         closing.callback(bar.close)

@@ -210,6 +210,12 @@ class Trainer:
             self._waited = time.perf_counter() - asked
             self._tell_bad(step)
 
+    def tell_planned(self) -> None:
+        """Makes events of records that were bad when steps were planned; every host knows them by itself."""
+        for fault in self.data.packs.bad.faults:
+            self._told.add(fault)
+            self.events.write("bad record", self.start, ": ".join(fault))
+
     def _tell_bad(self, step: int) -> None:
         """Events first: the record that is one too many raises, here or where it was read."""
         heard = [Fault(*fault) for fault in self.hosts.notes()]
