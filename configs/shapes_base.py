@@ -3,12 +3,13 @@
     python -m irg_jax.make_base --config configs/shapes_base.py \
         --workdir runs/shapes_base --out runs/shapes_base/export
 
-builds the data set (8 minutes), trains a tokenizer and the autoencoder (35), computes moments (15), trains
+builds the data set (5 minutes), trains a tokenizer and the autoencoder (35), computes moments (9), trains
 the network to draw (100), its vision encoder by itself (11), the network on plain text-to-image, captions,
-questions and editing (65), on text alone (20), on all of it (75) and on edits of 5,000 pictures that it drew
+questions and editing (75), on text alone (20), on all of it (90) and on edits of 5,000 pictures that it drew
 itself (50; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
-resumes. Minutes are of two cores: up to the encoder those of a run of this recipe on 2026-11-28, with other
-work beside it; from there on put together from parts of earlier ones, `see` in shorter packs.
+resumes. Minutes are of two cores: up to text alone those of a run of this recipe on 2026-11-28, up to the
+encoder with other work beside it; the last two stages are reckoned from the pace of their first steps and of
+earlier runs.
 
 The weights in assets/shapes_base went a longer way while the recipe was found. `see` stopped at step 6,776 of a
 cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder that
