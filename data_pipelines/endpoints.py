@@ -50,6 +50,7 @@ from data_pipelines.answers import (
     shorten,
 )
 from data_pipelines.digests import write_bytes, write_json
+from data_pipelines.jobs import map_ahead
 
 S, T = TypeVar("S"), TypeVar("T")
 AGAIN = {408, 409, 425, 429}    # and 5xx
@@ -336,14 +337,8 @@ def in_parallel(work: Callable[[S], T], items: Iterable[S], endpoints: Sequence[
 
     threads = max(each.config.concurrency for each in endpoints)
     pool = concurrent.futures.ThreadPoolExecutor(threads)
-    ahead: collections.deque[concurrent.futures.Future[T]] = collections.deque()
     try:
-        for item in items:
-            ahead.append(pool.submit(attempt, item))
-            if len(ahead) >= AHEAD * threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        yield from map_ahead(pool, attempt, items, ahead=AHEAD * threads - 1)
     except GeneratorExit:    # who asked has enough
         raise
     except BaseException as fault:

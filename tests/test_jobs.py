@@ -6,12 +6,13 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.jobs import map_ahead
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 2e-3), max_size=20), st.integers(1, 4), st.integers(0, 5))
 def test_results_come_in_order(seconds, threads, ahead):
     def work(job):

@@ -37,7 +37,7 @@ from data_pipelines.shapes.drafts import SeenDraft, describe_drafts, look_at, re
 PROMPTS = "prompts_heldout.jsonl"
 NUM_PROBED = 4  # records of each mode that tell whether the generator is still the same
 RUN_LENGTH = 64  # records that a worker makes at a time
-FEW = 5000       # records that are made before workers would have started
+FEW = 5000       # records; to start workers for fewer takes longer than they save
 
 
 class Run(NamedTuple):
@@ -107,15 +107,14 @@ def _write_modes(config: BuildConfig, drafts: Sequence[SeenDraft], folder: pathl
         for mode, count in config.counts.items():
             runs = _list_runs(mode, config, drafts)
             made = map_ahead(pool, _gather, runs, ahead=2 * workers) if pool else map(_gather, runs)
+            records = itertools.chain.from_iterable(made)
             while collector.counts[mode] < count:    # in place of one that is not taken comes the next
-                for one in next(made):
-                    if collector.counts[mode] == count:
-                        break
-                    if isinstance(one, Row):
-                        collector.add_row(mode, one)
-                    else:
-                        collector.add(one)
-                    progress.update()
+                one = next(records)
+                if isinstance(one, Row):
+                    collector.add_row(mode, one)
+                else:
+                    collector.add(one)
+                progress.update()
     return collector
 
 
