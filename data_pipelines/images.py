@@ -16,8 +16,9 @@ from PIL import Image
 from data_pipelines.config import ImageTransform
 
 Image.init()
-# Whatever Pillow decodes by itself: EPS runs Ghostscript, WMF is drawn by Windows, the others have no decoder.
-FORMATS = tuple(sorted(set(Image.OPEN) - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
+# Those whose header tells the size of what is decoded. Pillow knows more: EPS runs a program, and so may IPTC,
+# which holds an image of any kind and size; ICO and ICNS decode theirs when they are opened.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I")   # grey of 16 bits; Pillow would clip them to 8
 MAX_PIXELS = 200_000_000                       # of any image; callers may ask for less
@@ -153,8 +154,7 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: image over the limit of {max_pixels} pixels") from error
     except Exception as error:    # of any type: RuntimeError for AVIF, NotImplementedError for DDS
-        raise ValueError(f"{where}: not a readable image (PNG, JPEG, WEBP or another that Pillow decodes "
-                         "itself)") from error
+        raise ValueError(f"{where}: not a readable image ({', '.join(FORMATS)} are)") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{where}: image of {image.width} x {image.height} is over the limit of "
                          f"{max_pixels} pixels")
