@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 
 from data_pipelines.digests import read_recorded
 from data_pipelines.layout import INFO, SPLIT, TYPES
-from data_pipelines.records import ImagePart, Limits, Record, TextPart, image_part, text_part
+from data_pipelines.records import ImagePart, Limits, Record, TextPart, check_targets, image_part, text_part
 from data_pipelines.staging import PARTIAL, fetch, find_origin
 from data_pipelines.stored_costs import load_costs
 
@@ -142,6 +142,7 @@ def read_record(reader: array_record_module.ArrayRecordReader, row: int, *, mode
         raise ValueError(f"{place} is damaged ({_first_line(error)}); restore the file, or build it "
                          "again") from error
     parts = [_parse_part(row, f"{place}, part {i}", limits) for i, row in enumerate(rows)]
+    check_targets(parts, place=place)
     return Record(tuple(parts), mode, place)
 
 

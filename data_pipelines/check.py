@@ -40,7 +40,7 @@ from data_pipelines.jobs import default_workers, run_jobs, show_progress
 from data_pipelines.layout import Group, find_groups
 from data_pipelines.lines import Line, find_lines, read_line
 from data_pipelines.records import ImagePart, Record
-from data_pipelines.samples import Cost
+from data_pipelines.samples import Cost, check_opening
 from data_pipelines.sources import COLUMNS, Row, list_row_groups, read_row, read_row_group
 
 
@@ -225,6 +225,10 @@ def _inspect(record: Record, file: File, counts: Counter[str]) -> list[str]:
     if file.path.suffix == ".jsonl":
         counts["file_bytes"] += sum(len(part.data) for part in pictures)  # files beside it
     faults = find_faults(record, wish.config, decode=wish.decode)
+    try:
+        check_opening(record, wish.config.system_prompt_of(file.group))
+    except ValueError as error:
+        faults.append(str(error))
     if faults or not wish.tokenizer:
         return faults
     items, faults = measure_record(record, wish.config, open_tokenizer(wish.tokenizer), group=file.group)

@@ -56,12 +56,16 @@ class BadRecords:
             return
         named[fault.reason] = None
         self._causes[f"bad_{find_cause(fault.reason)}"] += 1
-        allowed = int(size * self._max_share)
+        allowed = self.allowed(fault.group)
         place = f"bad record {len(named)} of group {fault.group!r}"
         if len(named) > allowed:
             raise ValueError(f"{fault.reason} ({place}, more than the {allowed} of {size} that max_bad_share "
                              f"{self._max_share:g} allows); repair the data, or raise data.max_bad_share")
         logging.warning("left out %s, at most %d: %s", place, allowed, fault.reason)
+
+    def allowed(self, group: str) -> int:
+        """How many records of a group may be bad."""
+        return int(self._sizes[group] * self._max_share)
 
     @property
     def faults(self) -> list[Fault]:

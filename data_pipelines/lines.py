@@ -83,12 +83,13 @@ def find_lines(path: pathlib.Path, sha256: str = "") -> np.ndarray:
     Args: sha256 of the file as recorded; empty: nothing is.
     Raises: ValueError if it cannot be read, has no lines, or is another file.
     """
-    breaks, size, found = [], 0, hashlib.sha256()
+    breaks, returns, size, found = [], [], 0, hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 found.update(chunk)
-                breaks.append(size + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
+                for places, byte in ((breaks, "\n"), (returns, "\r")):
+                    places.append(size + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord(byte)))
                 size += len(chunk)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
@@ -97,7 +98,8 @@ def find_lines(path: pathlib.Path, sha256: str = "") -> np.ndarray:
                          "purpose, run python -m data_pipelines.check --write")
     ends = np.concatenate([*breaks, [size]]).astype(np.int64)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    spans = np.stack([np.arange(1, len(ends) + 1), starts, ends], axis=1)[ends > starts]
+    is_empty = (ends == starts) | (ends == starts + 1) & np.isin(starts, np.concatenate(returns))
+    spans = np.stack([np.arange(1, len(ends) + 1), starts, ends], axis=1)[~is_empty]
     if not len(spans):
         raise ValueError(f"{path}: the JSONL file has no lines")
     return spans

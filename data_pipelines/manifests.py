@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_pipelines.digests import MANIFEST, file_sha256
+from data_pipelines.digests import DIGESTS, MANIFEST, file_sha256
 
 
 def partial_folder(out: pathlib.Path) -> pathlib.Path:
@@ -25,13 +25,13 @@ def publish(out: pathlib.Path) -> None:
 
 
 def list_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """All files below a folder but the manifest, by their names in it."""
+    """All files below a folder by their names in it, but for the manifest and digests recorded since."""
     return {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.name != MANIFEST}
+            if file.is_file() and file.name not in (MANIFEST, DIGESTS)}
 
 
 def digest_files(folder: pathlib.Path) -> dict[str, str]:
-    """sha256 of all files below a folder but the manifest."""
+    """sha256 of all files of `list_files`."""
     return {name: file_sha256(file) for name, file in list_files(folder).items()}
 
 

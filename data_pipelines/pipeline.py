@@ -130,12 +130,17 @@ class Packs:
                             index, sorted(left_out))
 
     def _sample(self, entry: Entry, faults: list[Fault]) -> list[Item]:
-        """The planned record, or the first that can be read and fits into its room; else nothing."""
+        """The planned record, or the first that can be read and fits into its room; else nothing.
+
+        Faults that end the run end the search, too.
+        """
         for candidate in self._candidates(entry):
             try:
                 return self._realise(candidate)
             except ValueError as error:
                 faults.append(Fault(entry.group, str(error)))
+            if len({fault for fault in faults if fault.group == entry.group}) > self.bad.allowed(entry.group):
+                break
         return []
 
     def _candidates(self, entry: Entry) -> Iterator[Entry]:

@@ -14,6 +14,7 @@ import base64
 import binascii
 import enum
 import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 
@@ -82,6 +83,7 @@ def parse_conversation(text: str | None, *, mode: str, place: str, limits: Limit
     parts = []
     for i, turn in enumerate(turns):
         parts += _parse_turn(turn, f"{place}, turn {i}", limits)
+    check_targets(parts, place=place)
     return Record(tuple(parts), mode, place)
 
 
@@ -123,6 +125,13 @@ def image_part(data: Any, *, place: str, limits: Limits, need_loss: bool = False
         raise ValueError(f"{place}: encoded image of {len(data)} bytes is over max_image_bytes "
                          f"{limits.max_image_bytes}")
     return ImagePart(data, need_loss, need_vae, need_vit, place)
+
+
+def check_targets(parts: Sequence[TextPart | ImagePart], *, place: str) -> None:
+    """Raises: ValueError naming `place` if no part is a target."""
+    if not any(part.need_loss for part in parts):
+        raise ValueError(f"{place}: no part has need_loss, so there is nothing to learn; set it, or leave the "
+                         "record out")
 
 
 def _parse_turn(turn: Any, place: str, limits: Limits) -> list[TextPart | ImagePart]:

@@ -99,6 +99,13 @@ def check_flags(part: TextPart | ImagePart) -> None:
                          "it would enter nowhere; set one, or remove the part")
 
 
+def check_opening(record: Record, system_prompt: str) -> None:
+    """Raises: ValueError if the record opens with the system prompt that it will be given."""
+    if system_prompt and record.parts and system_prompt == getattr(record.parts[0], "text", None):
+        raise ValueError(f"{record.place}: the record opens with the system prompt itself; leave system_prompt "
+                         "empty, or it would stand there twice")
+
+
 def measure(record: Record, config: DataConfig, tokenizer: Tokenizer, *, group: GroupConfig) -> np.ndarray:
     """int32 [items, 5]: kind and the four fields of `Cost`, from texts and image headers alone.
 
@@ -189,9 +196,7 @@ def realise(record: Record, draws: Draws, config: DataConfig, tokenizer: Tokeniz
         system prompt.
     """
     prompt = config.system_prompt_of(group)
-    if prompt and record.parts and prompt == getattr(record.parts[0], "text", None):
-        raise ValueError(f"{record.place}: the record opens with the system prompt itself; leave system_prompt "
-                         "empty, or it would stand there twice")
+    check_opening(record, prompt)
     items: list[Item] = []
     decoded: dict[str, np.ndarray] = {}  # a part that enters as VAE and ViT is decoded once
     candidates, num_images = list(unfold(record, prompt)), _sharers(record, group)

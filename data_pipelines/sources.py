@@ -66,7 +66,8 @@ class ParquetRows:
         Raises: ValueError naming the file that is empty, broken, not as recorded, or has other columns.
         """
         self.folder, self._columns = pathlib.Path(folder), columns
-        self.files = sorted(self.folder.rglob("*.parquet"))
+        # Other tools give such names to folders.
+        self.files = sorted(file for file in self.folder.rglob("*.parquet") if file.is_file())
         if not self.files:
             raise ValueError(f"no parquet file in {str(self.folder)!r}; build the data set first "
                              "(python -m data_pipelines.build) or correct source, split and groups")

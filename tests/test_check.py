@@ -1,5 +1,6 @@
 """`check` finds every planted fault, names its place, and writes digests of what is good only."""
 
+import dataclasses
 import pathlib
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from data_cases import conversation, data_config, image_part, tokenizer, write_data_set, write_rows
+from data_pipelines.build import build
 from data_pipelines.check import Checked, Wish, check, describe
-from data_pipelines.config import GroupConfig
+from data_pipelines.config import BuildConfig, GroupConfig
 from data_pipelines.conversion import convert
 from data_pipelines.digests import DIGESTS
 from data_pipelines.faults import find_cause
@@ -64,6 +66,22 @@ def test_counts_of_what_is_good(made, name):
     assert lines[0].startswith("train/full: 9 records of 27 parts with 9 images, ") and len(lines) == 2
 
 
+def test_digests_that_are_recorded_leave_a_data_set_what_it_was(tmp_path):
+    small = BuildConfig(counts={"initial_full": 2}, num_heldout_prompts=1)
+    assert build(small, out=tmp_path / "data")
+    assert not faults(tmp_path / "data", write=True) and (tmp_path / "data" / "digests.json").is_file()
+    assert not build(small, out=tmp_path / "data")    # as it is: nothing is built again, or refused
+
+
+def test_a_record_that_opens_with_the_system_prompt_is_found(tmp_path):
+    answer = {"role": "assistant", "content": [{"type": "text", "content": "x"}]}
+    rows = [[{"role": "user", "content": words}, answer] for words in ("go", "think first")]
+    write_rows(tmp_path / "train" / "full" / "0.parquet", rows)
+    wish = Wish(dataclasses.replace(CONFIG, system_prompt="think first"))
+    [found] = check(tmp_path, wish, workers=1)["train/full"].faults
+    assert "row 1: the record opens with the system prompt itself" in found
+
+
 def test_workers_find_the_same(copy):
     flip(copy / "source" / "train" / "full" / "0000.parquet", 200)
     assert check(copy / "source", Wish(CONFIG), workers=2) == look(copy / "source")
@@ -79,7 +97,7 @@ def test_planted_faults_of_records(tmp_path):
     think = {"type": "text", "content": "a b"}
     rows = [conversation(rng, "full"), "[", [{"role": "tool", "content": "x"}], wrap(think, {"type": "video"}),
             wrap(think, images["truncated"]), wrap(images["text"], think, images["truncated"]),
-            wrap(image_part(rng)), wrap(images["large"]), wrap({"type": "text", "content": " "}),
+            wrap(think, image_part(rng)), wrap(images["large"]), wrap({"type": "text", "content": " "}),
             wrap({"type": "text", "content": "circle " * 200})]
     path = write_rows(tmp_path / "full" / "a.parquet", rows)
     config = data_config(max_image_pixels=80 * 80, groups=(GroupConfig("full"),))
@@ -88,7 +106,7 @@ def test_planted_faults_of_records(tmp_path):
     wanted = ["row 1: the conversation is not JSON", "row 2, turn 0: unknown role 'tool'",
               "row 3, turn 1, part 1: a part must be", "row 4, turn 1, part 1: the image does not decode",
               "row 5, turn 1, part 0: not a readable", "row 5, turn 1, part 2: the image does not decode",
-              "row 6, turn 1, part 0: the image has none of the flags",
+              "row 6, turn 1, part 1: the image has none of the flags",
               "row 7, turn 1, part 0: image of 90 x 90 is over the limit",
               "row 8, turn 1, part 0: the text is empty", "row 9: the record fits no pack (text "]
     assert len(found.faults) == len(wanted)

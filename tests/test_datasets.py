@@ -54,6 +54,9 @@ def test_lines_are_found_across_chunks(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(texts))
     lines = JsonLines(tmp_path)
     assert [lines[i].data for i in range(len(lines))] == texts
+    (tmp_path / "a.jsonl").write_bytes(b"\r\n" + b"\r\n\r\n".join(texts) + b"\r\n\r\n")    # as on Windows
+    lines = JsonLines(tmp_path)
+    assert [lines[i].data for i in range(len(lines))] == [text + b"\r" for text in texts]
 
 
 def test_rows_of_any_columns_and_their_places(tmp_path):

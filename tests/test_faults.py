@@ -11,7 +11,7 @@ from data_cases import conversation, data_config, encode_image, tokenizer, write
 from data_pipelines.batch import INF
 from data_pipelines.config import GroupConfig
 from data_pipelines.faults import CAUSES, BadRecords, Fault, find_cause
-from data_pipelines.pipeline import make_iterator
+from data_pipelines.pipeline import Packs, make_iterator
 from data_pipelines.planning import Entry
 from data_pipelines.samples import Cost
 from kind_cases import write_kinds
@@ -31,12 +31,14 @@ PIXELS = with_image(encode_image(NOISE)[:1500])     # whole header, broken pixel
 BROKEN = {                                         # cause -> a record, and what is said of it
     "json": ("[{", "row 4: the conversation is not JSON"),
     "role": ([{"role": "poet", "content": "x"}], "row 4, turn 0: unknown role 'poet'"),
-    "flag": ([{"role": "assistant", "content": [{**HEADER[1]["content"][0], "need_loss": False}]}],
+    "flag": ([{"role": "assistant", "content": [{**HEADER[1]["content"][0], "need_loss": False},
+                                               {"type": "text", "content": "x"}]}],
              "row 4, turn 0, part 0: the image has none of the flags"),
     "form": ([{"role": "user"}], "row 4, turn 0: a turn must be"),
     "image": (HEADER, "row 4, turn 1, part 0: not a readable image"),
     "size": (with_image(encode_image(np.zeros((8, 600, 3), np.uint8))), "row 4, turn 1, part 0: .*4096 pixels"),
-    "length": ([{"role": "user", "content": "red " * 400}], "row 4: the record fits no pack .text .* > 160"),
+    "length": ([{"role": "user", "content": "red " * 400, "need_loss": True}],
+               "row 4: the record fits no pack .text .* > 160"),
     "text": ([{"role": "user", "content": " "}], "row 4, turn 0: .*empty"),
 }
 
@@ -121,6 +123,17 @@ def test_the_allowance_is_a_share_of_each_group(caplog):
 
 
 # ---- found while reading ----------------------------------------------------------------------
+
+def test_a_search_for_what_can_stand_in_ends_with_the_run(tmp_path, monkeypatch):
+    """Each record opens with the system prompt, which is known only when it is read: no pack reads them all."""
+    text = {"role": "assistant", "content": [{"type": "text", "content": "x"}]}
+    config = data_with(tmp_path, *[[{"role": "user", "content": "go"}, text]] * 200, good=0, max_bad_share=0.02)
+    packs = Packs(dataclasses.replace(config, system_prompt="go"), TOKENIZER)
+    entries = len(packs.planner[0].entries)
+    assert len(packs.load(0).faults) == 4 + entries    # four may be bad; each of the others is read once
+    with pytest.raises(ValueError, match="opens with the system prompt itself.*more than the 4 of 200"):
+        next(make_iterator(packs.config, TOKENIZER))
+
 
 def test_broken_pixels_end_the_iteration_with_their_name(tmp_path):
     iterator = make_iterator(data_with(tmp_path, PIXELS), TOKENIZER)

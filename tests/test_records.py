@@ -46,7 +46,7 @@ def test_flags_are_read():
 
 
 def test_unknown_roles():
-    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "go"}]
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "go", "need_loss": True}]
     with pytest.raises(ValueError, match="row 7, turn 0: unknown role 'system'.*unknown_role"):
         parse(turns)
     assert [part.text for part in parse(turns, unknown_role="ignore").parts] == ["go"]
@@ -61,6 +61,8 @@ def test_unknown_roles():
     ([{"role": "user"}], "turn 0: a turn must be an object with a role and a content"),
     ([{"role": "user", "content": [image()]}], "a user's content must be a string, not list"),
     ([{"role": "assistant", "content": "hi"}], "turn 0: an assistant's content must be a list"),
+    ([{"role": "assistant", "content": []}], "row 7: no part has need_loss, so there is nothing to learn"),
+    (assistant({"type": "text", "content": "plan", "need_loss": False}), "row 7: no part has need_loss"),
     (assistant({"type": "video", "content": ""}), "turn 1, part 0: unknown part type 'video'"),
     (assistant({"type": "text"}), "turn 1, part 0: a part must be an object"),
     (assistant({"type": "text", "content": 5}), "a text's content must be a string, not int"),
