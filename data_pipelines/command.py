@@ -1,6 +1,7 @@
 """How every command starts: flags in, one call, and a user's mistake told in one sentence."""
 
 import ast
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from absl import app, flags, logging
 
 from data_pipelines.config import DataConfig, from_config_dict, load_config
 
+# What is wrong with a place that somebody named, rather than with us.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
+               errno.EISDIR, errno.ENAMETOOLONG)
 _OVERRIDE = re.compile(r"--?config\.([\w.\-]+)(?:=(.*))?", re.DOTALL)
 
 
@@ -35,7 +39,7 @@ def data_of(config: Any) -> DataConfig:
 def run(main: Callable[[Any], None]) -> None:
     """Parses the flags and calls `main(FLAGS)`; a ValueError becomes its message and exit status 1.
 
-    Anything else is a fault of ours and keeps its traceback.
+    So does a place that cannot be written. Anything else is a fault of ours and keeps its traceback.
     """
     app.run(lambda argv: _call(main, argv), flags_parser=_parse)
 
@@ -48,6 +52,11 @@ def _call(main: Callable[[Any], None], argv: list[str]) -> None:
         main(flags.FLAGS)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {place}{error.strerror}; make room or give access, or choose another place")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -170,6 +170,9 @@ def load_config(path: str, *, overrides: Mapping[str, Any] | None = None) -> Any
     if not os.path.isfile(file):
         raise ValueError(f"config file {file!r} does not exist")
     spec = importlib.util.spec_from_file_location("config_file", file)
+    if spec is None:
+        raise ValueError(f"config file {file!r} is no Python file; a run's config.json is but a record of what "
+                         "it was started with")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):

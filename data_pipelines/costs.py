@@ -6,6 +6,7 @@ that changes with all they depend on. Which records fit no pack is found from a 
 other budgets need no other table.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from data_pipelines.choices import largest
 from data_pipelines.config import DataConfig, GroupConfig
 from data_pipelines.datasets import Source
 from data_pipelines.faults import BadRecords, Fault
+from data_pipelines.plan_index import told
 from data_pipelines.records import Kind
 from data_pipelines.samples import BRACKETS, Cost, measure
 from data_pipelines.stored_costs import describe_costs
@@ -126,8 +128,14 @@ def _read_or_measure(source: Source, group: GroupConfig, config: DataConfig, tok
         for reason in table.bad:
             bad.add(Fault(group.name, reason))
         return table
+    if path is None:
+        return _measure_all(source, group, config, tokenizer, bad)
+    with told(path, "the cost table cannot be written"):    # sooner than after hours
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     table = _measure_all(source, group, config, tokenizer, bad)
-    if path:
+    with told(path, "the cost table cannot be written"):
         _save(path, table)
     return table
 
@@ -169,7 +177,6 @@ def _measure_all(source: Source, group: GroupConfig, config: DataConfig, tokeniz
 
 
 def _save(path: pathlib.Path, table: CostTable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Several hosts may share the folder: each writes its own file, the rename decides.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
     np.savez(temporary, items=table.items, offsets=table.offsets, bad=np.array(table.bad, np.str_))

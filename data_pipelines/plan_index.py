@@ -39,7 +39,7 @@ class PlanIndex:
     def __init__(self, path: pathlib.Path):
         """Reads what is there. Nothing is written before `append`. Raises: ValueError if it cannot be read."""
         self._path = path
-        with _told(path, "read"):
+        with told(path, "the pack index cannot be read"):
             data = path.read_bytes() if path.exists() else b""
         self.blocks = list(_parse(data))
         self._size = sum(len(_serialise(number, block)) for number, block in enumerate(self.blocks))
@@ -55,7 +55,7 @@ class PlanIndex:
         Raises: ValueError if it cannot be written.
         """
         data = _serialise(len(self.blocks), block)
-        with _told(self._path, "written"):
+        with told(self._path, "the pack index cannot be written"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.touch()
             with open(self._path, "r+b") as file:
@@ -66,12 +66,13 @@ class PlanIndex:
 
 
 @contextlib.contextmanager
-def _told(path: pathlib.Path, done: str) -> Iterator[None]:
+def told(path: pathlib.Path, fault: str) -> Iterator[None]:
+    """What the system refuses in `index_dir` as one sentence. Raises: ValueError."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: the pack index cannot be {done} ({error.strerror}); make room or give "
-                         "access, or set data.index_dir to another folder") from error
+        raise ValueError(f"{path}: {fault} ({error.strerror}); make room or give access, or set "
+                         "data.index_dir to another folder") from error
 
 
 def _serialise(number: int, block: Block) -> bytes:

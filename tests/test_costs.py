@@ -73,6 +73,14 @@ def test_kept_tables_serve_other_budgets_and_no_other_transform(tmp_path):
         read(source, config)
 
 
+def test_a_table_that_cannot_be_kept_is_told_before_records_are_read(tmp_path):
+    (tmp_path / "file").write_text("")
+    source = Texts(5, 30)
+    with pytest.raises(ValueError, match="the cost table cannot be written .Not a directory.*data.index_dir"):
+        read(source, data_config(index_dir=str(tmp_path / "file" / "index")))
+    assert not source.reads
+
+
 def test_a_data_set_that_brings_its_costs_is_not_read():
     config = data_config()
     source = Built(config, 5, 500, 30)

@@ -99,3 +99,6 @@ def test_load_config(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="defines no get_config"):
         load_config(str(path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json' is no Python file"):
+        load_config(str(tmp_path / "config.json"))

@@ -130,7 +130,7 @@ def test_control_tokens_and_bad_prompt_files_are_refused(checkpoints, tmp_path):
     path.write_text('{"prompt": "a\u2028b", "id": 1}\r\n\n{"prompt": "b", "seed": 7}\n')
     assert generation.read_orders(path) == [Order("a\u2028b"), Order("b", 7)]
     text = tmp_path / "prompts.txt"
-    text.write_text("a red\x0ccircle\n\n two \n")
+    text.write_text("\ufeffa red\x0ccircle\n\n two \n")    # as editors on Windows begin a file
     assert generation.read_orders(text) == [Order("a red\x0ccircle"), Order("two")]
     with pytest.raises(ValueError, match="nowhere.txt"):
         generation.read_orders("nowhere.txt")

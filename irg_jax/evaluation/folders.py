@@ -73,8 +73,7 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
 
     Without turns each is drawn plainly, with no system prompt and no thought, as turn 1.
 
-    Raises: ValueError if `out` holds anything else than parts of this very run, or there are more texts than
-        turns.
+    Raises: ValueError if a prompt's folder in `out` holds another drawing, or there are more texts than turns.
     """
     out, start, first = pathlib.Path(out), time.perf_counter(), None
     common = {"num_turns": num_turns, "checkpoint": checkpoint, "settings": describe_settings(generator.config)}
@@ -88,6 +87,7 @@ def generate(orders: Sequence[Order], *, generator: Generator, seed: int, num_tu
         groups[generator.sizes_seen(order.given.image)].append((folder, request, order.given))
         if not _is_drawn(folder, request):
             missing.add(folder)
+    out.mkdir(parents=True, exist_ok=True)    # rather refused now than after the first batch
     progress = tqdm(total=len(orders), initial=len(orders) - len(missing), unit="prompt", disable=None)
     size = generator.fit_batch(min(batch_size, len(orders)))
     batches = itertools.chain.from_iterable(in_batches(group, size) for group in groups.values())
@@ -119,7 +119,7 @@ def read_orders(path: str | pathlib.Path) -> list[Order]:
     Raises: ValueError naming file and line.
     """
     try:
-        with pathlib.Path(path).open(encoding="utf-8") as file:
+        with pathlib.Path(path).open(encoding="utf-8-sig") as file:
             lines = list(file)    # ends of lines alone: `splitlines` has others, which JSON allows in a text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the prompts cannot be read ({error})") from error
