@@ -224,7 +224,7 @@ class Endpoint:
 
     def _send(self, path: str, body: dict[str, Any], read: Read) -> tuple[dict[str, Any], np.ndarray | None]:
         for attempt in range(self.config.attempts):
-            wait = None
+            wait = 0.0
             if self._is_ended.is_set():
                 raise EndpointError("ended before it was asked")
             self._check_budget()
@@ -236,7 +236,7 @@ class Endpoint:
                 if status not in AGAIN and status < 500:
                     kind = Declined if is_declined(raw) else EndpointError
                     raise kind(f"{self._client.base_url}{path} refuses, {fault}")
-                wait = _seconds(headers.get("retry-after", ""))
+                wait = _seconds(headers.get("retry-after", "")) or 0.0
             except WrongForm as error:
                 raise EndpointError(f"{self._client.base_url}{path} {error}") from error
             except UNUSABLE as error:
@@ -244,8 +244,8 @@ class Endpoint:
             with self._lock:
                 self.usage.repeated += 1
             if attempt + 1 < self.config.attempts:
-                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) if wait is None else wait
-                self._is_ended.wait(pause * random.uniform(0.75, 1.25))   # not all again at the same time
+                pause = max(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE), wait)    # never sooner than told
+                self._is_ended.wait(pause * random.uniform(1.0, 1.25))   # not all again at the same time
         raise EndpointError(f"{self._client.base_url}{path} gave no usable answer in {self.config.attempts} "
                             f"attempts; the last: {fault}. The same command goes on where this one ended")
 

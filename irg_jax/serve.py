@@ -31,7 +31,8 @@ from irg_jax.serving.app import make_app
 from irg_jax.serving.config import ServeConfig
 from irg_jax.serving.engine import batch_sizes
 
-LOCAL = ("127.0.0.1", "localhost")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")
 
 
 def warm_up(generator: Generator, max_batch: int) -> None:
@@ -46,7 +47,10 @@ def warm_up(generator: Generator, max_batch: int) -> None:
 
 def known_hosts(host: str, allowed: Sequence[str]) -> list[str]:
     """The names that requests may call the server by: any ("*") if it listens everywhere and none is told."""
-    return ["*"] if host == "0.0.0.0" and not allowed else [*LOCAL, host, *allowed]
+    if host in EVERYWHERE and not allowed:
+        return ["*"]
+    # With brackets as a browser sends them.
+    return [f"[{name}]" if ":" in name else name for name in (*LOCAL, host, *allowed)]
 
 
 def main(values: Any) -> None:

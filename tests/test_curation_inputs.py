@@ -285,10 +285,12 @@ def test_what_is_sent_of_an_image(tmp_path, monkeypatch):
     read = lambda name: Picture.read(tmp_path / name, (tmp_path / name).read_bytes())
     assert show(read("plain.png"), 32) == plain and show(read("plain.png"), 16).shape == (16, 16, 3)
     assert (show(read("clear.png"), 32) == 255).all()
-    monkeypatch.setattr(material, "MAX_IMAGE_BYTES", len(plain) - 1)
-    with pytest.raises(Rejected) as rejected:
-        read("plain.png")
-    assert rejected.value.cause == "large_image"
+    assert material.MAX_PIXELS == DataConfig.max_image_pixels
+    for name, limit in (("MAX_IMAGE_BYTES", len(plain) - 1), ("MAX_PIXELS", 63)):
+        with monkeypatch.context() as patched, pytest.raises(Rejected) as rejected:
+            patched.setattr(material, name, limit)
+            read("plain.png")
+        assert rejected.value.cause == "large_image"
 
 
 def shapes_inputs(folder, num):

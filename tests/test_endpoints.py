@@ -78,6 +78,19 @@ def test_a_server_that_never_answers_is_given_up(tmp_path):
         connect(server, tmp_path, attempts=2).ask([said("a")], parse=str)
 
 
+@pytest.mark.parametrize("told, least", [("0", 0.01), ("7", 7.0), ("999", endpoints.LONGEST_PAUSE)])
+def test_a_pause_is_as_long_as_was_asked_for_and_never_shorter_than_ours(tmp_path, monkeypatch, told, least):
+    pauses = []
+    with Misbehaving(echo).running() as server:
+        endpoint = connect(server, tmp_path, attempts=3)
+        monkeypatch.setattr(endpoint, "_post", lambda path, body: (429, {"retry-after": told}, b""))
+        monkeypatch.setattr(endpoint._is_ended, "wait", pauses.append)
+        with pytest.raises(EndpointError, match="in 3 attempts"):
+            endpoint.ask([said("a")], parse=str)
+    assert len(pauses) == 2 and pauses[1] >= max(least, 0.02)
+    assert all(least <= pause <= 1.25 * max(least, 0.02) for pause in pauses)
+
+
 def test_nothing_is_lost_or_paid_for_twice_among_faults(tmp_path):
     """A hundred questions of sixteen threads, faults at random, in two runs, the first of which breaks off."""
     chance = random.Random(0)

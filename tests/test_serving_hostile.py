@@ -151,6 +151,7 @@ def test_names_of_a_server_at_all_addresses_are_any_unless_one_is_told():
     assert known_hosts("0.0.0.0", ()) == ["*"]
     assert "*" not in known_hosts("0.0.0.0", ["example.org"]) + known_hosts("127.0.0.1", ())
     assert {"127.0.0.1", "example.org"} <= set(known_hosts("0.0.0.0", ["example.org"]))
+    assert known_hosts("::", ()) == ["*"] and "[::1]" in known_hosts("::1", ())    # as a browser sends it
 
 
 def test_a_body_that_never_ends_is_cut_off(address):

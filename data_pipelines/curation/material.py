@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.curation.looks import Look, look_at
+from data_pipelines.config import DataConfig
 from data_pipelines.endpoints import encode
+from data_pipelines.faults import find_cause
 from data_pipelines.images import decode_image
 from data_pipelines.records import Limits
 
-MAX_PIXELS = 2**26   # of any picture
+MAX_PIXELS = DataConfig.max_image_pixels    # of any picture
 MAX_IMAGE_BYTES = Limits().max_image_bytes
 
 
@@ -47,7 +49,8 @@ class Picture:
         try:
             pixels = decode_image(data, where=str(path), max_pixels=MAX_PIXELS)
         except ValueError as error:
-            raise Rejected("broken_image", str(error)) from error
+            cause = "large_image" if find_cause(str(error)) == "size" else "broken_image"
+            raise Rejected(cause, str(error)) from error
         return cls(path, hashlib.sha256(data).hexdigest(), look_at(pixels))
 
     @property
