@@ -5,7 +5,9 @@ token. Here text is always encoded as ordinary bytes and control tokens are plac
 """
 
 import hashlib
+import json
 import os
+import pathlib
 from collections.abc import Iterable, Sequence
 
 import tokenizers
@@ -13,6 +15,7 @@ import tokenizers
 BOS, EOS = "<|im_start|>", "<|im_end|>"
 START_OF_IMAGE, END_OF_IMAGE = "<|vision_start|>", "<|vision_end|>"
 CONTROL_TOKENS = (BOS, EOS, START_OF_IMAGE, END_OF_IMAGE)
+VOCAB, MERGES, TOKENIZER_CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
 MAX_TEXT_CHARS = 1_000_000  # the tokenizer's own cap, whatever its caller allows
 
 
@@ -76,6 +79,30 @@ class Tokenizer:
     def save(self, path: str) -> None:
         """Writes `tokenizer.json`."""
         self._tokenizer.save(path)
+
+    def save_parts(self, folder: pathlib.Path) -> None:
+        """Writes vocab.json, merges.txt and tokenizer_config.json, which BAGEL's own code reads instead.
+
+        Raises: ValueError if it is no byte-pair encoding.
+        """
+        described = json.loads(self._tokenizer.to_str())
+        model, added = described["model"], described["added_tokens"]
+        if model["type"] != "BPE":
+            raise ValueError(f"the tokenizer is of type {model['type']}; BAGEL's own code reads none but BPE")
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        config = {
+            "tokenizer_class": "Qwen2Tokenizer",
+            # With their ids: that code would else number the control tokens anew.
+            "added_tokens_decoder": {str(token["id"]): {name: token[name] for name in token if name != "id"}
+                                     for token in added},
+            "additional_special_tokens": [token["content"] for token in added if token["special"]],
+            "bos_token": None, "eos_token": EOS, "pad_token": EOS, "unk_token": None,
+            "add_prefix_space": False, "clean_up_tokenization_spaces": False, "errors": "replace",
+        }
+        for name, text in {VOCAB: json.dumps(model["vocab"], ensure_ascii=False),
+                           MERGES: "\n".join(["#version: 0.2", *merges]),
+                           TOKENIZER_CONFIG: json.dumps(config, indent=1, ensure_ascii=False)}.items():
+            (folder / name).write_text(text + "\n", encoding="utf-8")
 
     def __reduce__(self):
         # A copy that `tokenizers` made for another process would read control tokens from text again.

@@ -9,12 +9,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from checkpoint_cases import CONFIG, assert_same, bits, contents, make_model, make_tokenizer
+from data_pipelines.tokenizer import CONTROL_TOKENS
 from irg_jax.checkpoints import bagel, names, safetensors_files
 from irg_jax.checkpoints.bagel import export_folder, import_folder, read_config
 from irg_jax.checkpoints.model import cast, load_model, save_model
@@ -74,7 +76,8 @@ def test_export_then_import_is_the_identity(tmp_path, dtype):
     model = make_model(dtype, tokenizer=make_tokenizer())
     export_folder(model, tmp_path / "out")
     assert_same(import_folder(tmp_path / "out"), model)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"tokenizer.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {
+        "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
 
 
 def test_parameters_of_several_dtypes_each_keep_theirs(tmp_path):
@@ -114,24 +117,23 @@ def test_dtype_is_the_networks(tmp_path):
     assert_same(import_folder(tmp_path / "full"), cast(cast(model, "bfloat16"), "float32"))
 
 
-def test_large_exports_are_sharded_with_an_index(tmp_path):
-    model, limit = make_model(tokenizer=make_tokenizer()), 40_000
-    export_folder(model, tmp_path / "whole")
-    export_folder(model, tmp_path / "out", shard_bytes=limit)
-    assert_same(import_folder(tmp_path / "out"), model)
-    whole = load_file(tmp_path / "whole" / "ema.safetensors")
-    index = json.loads((tmp_path / "out" / "ema.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == whole.keys()
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
-    shards = sorted(set(index["weight_map"].values()))
-    assert len(shards) > 2 and f"-of-{len(shards):05d}.safetensors" in shards[0]
-    assert {path.name for path in (tmp_path / "out").glob("ema*")} == {
-        *shards, "ema.safetensors.index.json"}
-    for shard in shards:
-        tensors = load_file(tmp_path / "out" / shard)
-        assert sum(tensor.nbytes for tensor in tensors.values()) <= limit or len(tensors) == 1
-        for name, tensor in tensors.items():
-            assert bits(tensor) == bits(whole[name])
+def test_tokens_have_their_ids_in_the_files_of_bagels_tokenizer(tmp_path):
+    """Against the library's own reader of such files; added tokens take the next ids, in their order."""
+    tokenizer = make_tokenizer()
+    export_folder(make_model(tokenizer=tokenizer), tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    read = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(
+        str(tmp_path / "out" / "vocab.json"), str(tmp_path / "out" / "merges.txt")))
+    read.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    size = read.get_vocab_size()
+    read.add_special_tokens([told["added_tokens_decoder"][id_]["content"] for id_ in
+                             sorted(told["added_tokens_decoder"], key=int)])
+    assert [int(id_) for id_ in told["added_tokens_decoder"]] == [*range(size, size + 4)]
+    for text in ("a red circle and\n two  green stars", "\u00e4\u6f22\U0001f600", "squarecircle"):
+        assert read.encode(text).ids == tokenizer.encode(text)
+    assert [read.token_to_id(token) for token in CONTROL_TOKENS] == [
+        tokenizer.bos, tokenizer.eos, tokenizer.start_of_image, tokenizer.end_of_image]
+    assert {*CONTROL_TOKENS} == {*told["additional_special_tokens"]}
 
 
 def test_files_are_as_readable_as_their_folder(tmp_path):

@@ -1,8 +1,8 @@
 """BAGEL's released layout, in and out.
 
     llm_config.json  vit_config.json  config.json     geometry
-    tokenizer.json
-    ema.safetensors  ae.safetensors                   network and autoencoder, as one file or shards
+    tokenizer.json                                    vocab.json, merges.txt, tokenizer_config.json: written too
+    ema.safetensors  ae.safetensors                   network and autoencoder; shards are read too
 
 Every tensor of a source is used or refused, every parameter filled; all faults come in one message.
 """
@@ -34,7 +34,7 @@ from irg_jax.checkpoints.model import (
     read_json,
 )
 from irg_jax.checkpoints.names import listing
-from irg_jax.checkpoints.safetensors_files import SHARD_BYTES, Pending, TensorFiles, blocks, write_tensors
+from irg_jax.checkpoints.safetensors_files import Pending, TensorFiles, blocks, write_tensors
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 
 LLM_CONFIG, VIT_CONFIG, CONFIG = "llm_config.json", "vit_config.json", "config.json"
@@ -113,21 +113,20 @@ def open_folder(folder: str | pathlib.Path) -> Source:
     return Source(config, tokenizer, _read_leaves(folder, parts, digests), digests)
 
 
-def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = None,
-                  shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the layout to `out`, which is whole or absent.
+def export_folder(model: Model, out: str | pathlib.Path, *, dtype: str | None = None) -> None:
+    """Writes the layout to `out`, which is whole or absent; every file is where BAGEL's own code looks for it.
 
     Args: dtype is the network's in the files, by default that of its parameters.
     Raises: ValueError if `out` is not absent or empty, or parameters are not finite.
     """
     leaves = dict(list_leaves(model))
     export_leaves(out, model.config, model.tokenizer, {name: leaf.dtype for name, leaf in leaves.items()},
-                  lambda paths: map(leaves.__getitem__, paths), dtype=dtype, shard_bytes=shard_bytes)
+                  lambda paths: map(leaves.__getitem__, paths), dtype=dtype)
 
 
 def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Tokenizer | None,
                   dtypes: dict[str, np.dtype], read: Callable[[list[str]], Iterator[np.ndarray]], *,
-                  dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+                  dtype: str | None = None) -> None:
     """`export_folder` of a model checkpoint's leaves; `read` gives those of some paths one by one, in order."""
     bad: list[str] = []
     with new_folder(out) as folder:
@@ -135,6 +134,7 @@ def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Token
             (folder / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(str(folder / TOKENIZER))
+            tokenizer.save_parts(folder)
         for stems, (part, slots) in zip((_NETWORK, _AUTOENCODER), model_slots(config).items(), strict=True):
             own = dtype if part == "model" else None   # the autoencoder keeps its dtype
             pending = [Pending(slot.name, slot.shape, np.dtype(own or dtypes[f"{part}.{slot.leaf}"]))
@@ -145,8 +145,7 @@ def export_leaves(out: str | pathlib.Path, config: ModelConfig, tokenizer: Token
                 pending += [Pending(table.name, table.shape, np.dtype(own or dtypes["model.embed"]))
                             for table in tables]   # which have no dtype of their own
                 sources |= {table.name: table for table in tables}
-            write_tensors(folder, stems[0], pending, functools.partial(_make, part, sources, read, bad),
-                          shard_bytes=shard_bytes)
+            write_tensors(folder, stems[0], pending, functools.partial(_make, part, sources, read, bad))
         if bad:
             raise ValueError(f"the model has NaN or infinity in {listing(dict.fromkeys(bad))}; it cannot be "
                              "exported")

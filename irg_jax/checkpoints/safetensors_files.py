@@ -1,4 +1,4 @@
-"""Safetensors files of a folder: read strictly, written in shards.
+"""Safetensors files: read strictly, also in shards; written as one, as BAGEL's own code wants them.
 
 The official library checks every header before anything else looks at a file; pickle is never read.
 """
@@ -20,7 +20,6 @@ from irg_jax.checkpoints.listing import printable
 from irg_jax.checkpoints.names import listing
 from irg_jax.checkpoints.pages import let_go
 
-SHARD_BYTES = 5 * 10**9
 BLOCK_BYTES = 2**22   # of a tensor: enough to read fast, and little enough for the processor's cache
 TILE = 256            # columns that are transposed at once, for the same reason
 _NAMES = {"float32": "F32", "bfloat16": "BF16"}
@@ -152,45 +151,15 @@ class Pending(NamedTuple):
 
 
 def write_tensors(folder: pathlib.Path, stem: str, tensors: Sequence[Pending],
-                  make: Callable[[list[tuple[str, np.dtype]]], Iterator[np.ndarray]], *,
-                  shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `<stem>.safetensors`, or shards and their index if it were larger than `shard_bytes`.
+                  make: Callable[[list[tuple[str, np.dtype]]], Iterator[np.ndarray]]) -> None:
+    """Writes `<stem>.safetensors`, tensor by tensor: the library's writer would hold all, and a copy.
 
     Args: make gives tensors by name and dtype, one by one, contiguous or not; it is asked once, for all of
         them in the order in which they are written.
-    A tensor larger than `shard_bytes` has a shard of its own.
     """
     # Large items first, as the library has it, so that each is aligned.
     tensors = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     made = make([(tensor.name, tensor.dtype) for tensor in tensors])
-    shards = list(_shards(tensors, shard_bytes))
-    if len(shards) == 1:
-        _write(folder / f"{stem}.safetensors", shards[0], made)
-        return
-    placed = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(folder / file, shard, made)
-        placed |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": placed}
-    text = json.dumps(index, indent=1) + "\n"
-    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _shards(tensors: Sequence[Pending], shard_bytes: int) -> Iterator[list[Pending]]:
-    shard, size = [], 0
-    for tensor in tensors:
-        if shard and size + tensor.num_bytes > shard_bytes:
-            yield shard
-            shard, size = [], 0
-        shard.append(tensor)
-        size += tensor.num_bytes
-    yield shard
-
-
-def _write(file: pathlib.Path, tensors: list[Pending], made: Iterator[np.ndarray]) -> None:
-    """One file, tensor by tensor: the library's writer would hold all of a shard, and a copy of it."""
     # torch's loaders ask for this metadata.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -200,6 +169,7 @@ def _write(file: pathlib.Path, tensors: list[Pending], made: Iterator[np.ndarray
                                "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    file = folder / f"{stem}.safetensors"
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for _ in tensors:
