@@ -30,10 +30,12 @@ from irg_jax.config import TrainConfig
 from irg_jax.models.config import LLMConfig, ModelConfig, VAEConfig, ViTConfig
 from irg_jax.models.functional import Functional
 from irg_jax.models.irg import IRG, make_autoencoder
+from irg_jax.parallel.hosts import Hosts
 from irg_jax.sampling.config import SamplingConfig
 from irg_jax.sampling.drafting import make_drafts
 from irg_jax.training.autoencoder import AutoencoderConfig, measure_latents, train_autoencoder
 from irg_jax.training.encoder import EncoderConfig, train_encoder
+from irg_jax.training.interrupt import Interrupt
 from irg_jax.training.loop import train
 from irg_jax.training.moments import compute_moments
 
@@ -170,10 +172,12 @@ def main(values) -> None:
     start = find_start(stages)
     if start is None or stages[start] is not last:    # that one learns from data of its own
         start = make_data(config, stages, workdir)
+    interrupt = Interrupt(Hosts())
     for stage in stages[start:]:
         if stage is last:
             draw_own(config, pathlib.Path(last.init_from), workdir)
-        if train(stage, workdir, accepted=values.accept_changes) < stage.total_steps:
+        reached = train(stage, workdir, accepted=values.accept_changes, interrupt=interrupt)
+        if reached < stage.total_steps or interrupt.reached():
             return
         if stage is draw:
             give_eyes(config, workdir / draw.stage, workdir)

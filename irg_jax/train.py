@@ -30,7 +30,8 @@ from irg_jax.evaluation.samples import SampleConfig, Samples
 from irg_jax.parallel.hosts import find_place
 from irg_jax.parallel.topologies import find_topology
 from irg_jax.training import dry_run
-from irg_jax.training.loop import train
+from irg_jax.training.interrupt import Interrupt
+from irg_jax.training.loop import tell, train
 from irg_jax.training.start import start
 
 command.define_config("Config file of the stage, e.g. configs/shapes_stage1.py.")
@@ -105,8 +106,9 @@ def main(values) -> None:
     workdir = pathlib.Path(values.workdir) if values.workdir else None
     if values.dry_run:
         jax.config.update("jax_platforms", "cpu")   # a machine with an accelerator can stay at its work
-        for config in stages:
-            print(dry_run.describe(config, workdir, topology=topology, devices=values.devices, mfu=values.mfu))
+        for number, config in enumerate(stages):
+            print(dry_run.describe(config, workdir, topology=topology, devices=values.devices, mfu=values.mfu,
+                                   earlier=stages[:number]))
         return
     if workdir is None:
         raise ValueError("--workdir is missing: the folder of the run")
@@ -114,9 +116,14 @@ def main(values) -> None:
                        detect=values.distributed)
     draws = [read_samples(config, workdir) for config in stages]    # refused now, or never
     with start(stages, place, timeout=values.start_timeout) as hosts:
+        interrupt = Interrupt(hosts)
         for config, draw in zip(stages, draws, strict=True):
-            reached = train(config, workdir, hosts, accepted=values.accept_changes, draw=draw)
+            reached = train(config, workdir, hosts, accepted=values.accept_changes, draw=draw,
+                            interrupt=interrupt)
             if reached < config.total_steps:
+                return
+            if interrupt.reached():
+                tell(hosts, f"{workdir / config.stage}: stopped when it was trained; the same command goes on")
                 return
             with hosts.together():    # the others wait for it
                 if hosts.is_first:

@@ -1,5 +1,6 @@
 """`--dry_run`: what it promises is what a run, the compiler and the planner say; and no device is touched."""
 
+import dataclasses
 import json
 import math
 import os
@@ -42,7 +43,7 @@ def test_the_full_size_on_a_slice(full_size):
     assert "config.optimizer.learning_rate = 2e-05" in full_size
     assert "config.data.packs_per_step = 64" in full_size     # as the table has it for this slice
     assert "mesh: data 4, fsdp 16, tensor 1, context 1 on 64 chips of v5p-128" in full_size
-    assert "model: BAGEL-7B-MoT is not here; BAGEL-7B-MoT is assumed" in full_size
+    assert "model: base is no checkpoint yet; BAGEL-7B-MoT is assumed" in full_size
     assert number(full_size, r"parameters: ([\d.]+) B") == pytest.approx(14.6, abs=0.1)
     # float32: parameters, two moments, EMA and gradients, over 16 chips each.
     for name, copies in (("parameters", 1), ("moments", 2), ("EMA", 1), ("gradients", 1)):
@@ -82,6 +83,14 @@ def test_a_real_checkpoint_and_real_records_count(base):  # noqa: F811
     assert [dry_run.operations(count) for count in (0.0, 999.0, 1.5e9, 2e21)] == [
         "0 FLOP", "999 FLOP", "1.5 GFLOP", "2,000 EFLOP"]
     assert number(page, r"parameters: ([\d.]+) B") < 0.01
+
+
+def test_a_stage_of_a_job_has_the_geometry_that_the_first_starts_from(base, tmp_path):  # noqa: F811
+    first = config(base, mesh=MeshConfig())
+    second = dataclasses.replace(first, stage="stage2", init_from="stage1:ema")
+    assert "assumed" not in dry_run.describe(second, tmp_path, earlier=[first])
+    with pytest.raises(ValueError, match="stage1:ema is no checkpoint yet, and BAGEL-7B-MoT, taken for it"):
+        dry_run.describe(second, tmp_path)
 
 
 def test_steps_that_were_run_count(base, tmp_path):  # noqa: F811

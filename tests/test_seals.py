@@ -118,7 +118,7 @@ def test_what_the_ema_lacks_is_read_from_a_sound_state_or_not_at_all(tmp_path):
         restore_ema(tmp_path, SHAPES)
 
 
-@pytest.mark.parametrize("lost", ["_check_sound", "damage"])
+@pytest.mark.parametrize("lost", ["check_sound", "damage"])
 def test_a_step_that_a_training_drops_meanwhile_is_not_damaged(stage, monkeypatch, lost):
     """Here the newest, so that the one before is taken; in a training, an older one for a newer."""
     whole, calls = getattr(bundle, lost), []
@@ -130,7 +130,8 @@ def test_a_step_that_a_training_drops_meanwhile_is_not_damaged(stage, monkeypatc
             shutil.rmtree(step)
         return whole(step, *items)
     monkeypatch.setattr(bundle, lost, drop)
-    assert restore_ema(stage, SHAPES)[1] == 1 and calls == [(stage / "checkpoints" / "2").absolute()]
+    assert restore_ema(stage, SHAPES, check=bundle.check_sound)[1] == 1
+    assert calls == [(stage / "checkpoints" / "2").absolute()]
 
 
 def test_a_file_that_was_added_is_found(stage):

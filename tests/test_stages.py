@@ -2,18 +2,24 @@
 
 import json
 import os
+import signal
+import types
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from data_pipelines.config import from_config_dict, load_config
 from irg_jax.checkpoints.bagel import import_folder
+from irg_jax.checkpoints.bundle import latest_step
 from irg_jax.checkpoints.model import load_model
 from irg_jax.evaluation.samples import SampleConfig, Samples
+from irg_jax.parallel.hosts import Hosts
 from irg_jax.sampling.config import SamplingConfig
-from irg_jax.train import export, merge, read_stages
+from irg_jax.train import export, main, merge, read_stages
+from irg_jax.training.interrupt import Interrupt
 from irg_jax.training.loop import train
 from test_distributed import launch
 from test_loop import base, config  # noqa: F401 (a fixture)
@@ -83,6 +89,28 @@ def test_two_hosts_draw_and_export_the_same(job, run, base):  # noqa: F811
         kept = [import_folder(folder / stage / "export").params for folder in (run, base / "hosts")]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(
             np.asarray(x, np.float32), np.asarray(y, np.float32), atol=5e-3), *kept)
+
+
+def test_a_signal_at_a_stages_end_begins_nothing_else(job, base, tmp_path, monkeypatch, capsys):  # noqa: F811
+    mesh = {"mesh.fsdp": 2, "mesh.context": 2, "mesh.tensor": 2}
+    config = load_config(str(job), overrides={"data.source": str(base / "data")} | mesh)
+    signal_at = lambda self, model, step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
+    monkeypatch.setattr(Samples, "__call__", signal_at)
+    main(types.SimpleNamespace(
+        config=config, workdir=str(tmp_path), topology="", dry_run=False, accept_changes=[], distributed=False,
+        coordinator_address="", num_processes=None, process_id=None, start_timeout=300))
+    assert latest_step(tmp_path / "first") == 3
+    assert "first: stopped when it was trained" in capsys.readouterr().out
+    assert not (tmp_path / "first" / "export").exists() and not (tmp_path / "second").exists()
+
+
+def test_several_hosts_number_their_calls_from_one_over_all_stages(monkeypatch):
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda call: asked.append(call))
+    interrupt = Interrupt(Hosts(0, ("one", "two")))
+    for _ in range(3):
+        interrupt.reached()
+    assert asked == [1, 2, 3]    # JAX's service compares for equality, from 0 on
 
 
 def test_a_finished_job_is_left_alone(job, run, base):  # noqa: F811

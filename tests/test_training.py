@@ -212,3 +212,12 @@ def test_mesh_that_does_not_fit_is_refused():
         make_mesh(MeshConfig(data=2, fsdp=3))
 
 
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"clip": 0.0}, "clip is 0.0; it must be positive"), ({"clip": float("nan")}, "clip is nan"),
+    ({"ema_decay": 1.5}, "ema_decay is 1.5"), ({"warmup_steps": -1}, "warmup_steps is -1"),
+    ({"schedule": "step"}, "schedule is 'step'"), ({"final_learning_rate": 1.0}, "final_learning_rate is 1.0")])
+def test_values_that_would_train_nothing_or_the_wrong_way_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**fields)

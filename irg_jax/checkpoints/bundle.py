@@ -9,7 +9,7 @@ import contextlib
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -142,11 +142,20 @@ def drop_before(folder: pathlib.Path, count: int) -> None:
             shutil.rmtree(folder / str(step), ignore_errors=True)
 
 
-def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]:
+def check_sound(step: pathlib.Path, *items: str) -> None:
+    """Reads items of a step. Raises: ValueError if they are not what was sealed."""
+    if faults := find_faults(step, items):
+        raise ValueError(f"{step} is damaged: {'; '.join(faults[:3])}; remove it, and the one before is taken")
+
+
+def restore_ema(stage: pathlib.Path | str, shapes: Params, *,
+                check: Callable[..., None] = check_sound) -> tuple[Params, int]:
     """EMA of a stage's newest bundle, and its step. What never trained is there once; adapters are merged.
 
-    Args: shapes is the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to
-        the host's own processor.
+    Args:
+        shapes: the tree of ShapeDtypeStruct that the parameters must have; what has no sharding goes to the
+            host's own processor.
+        check: takes a step's folder and names of items, and raises if they are not sound.
     Raises: ValueError if the stage has no complete checkpoint, or the newest is not what was written.
     """
     folder = pathlib.Path(stage).absolute() / FOLDER
@@ -154,7 +163,7 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
         raise ValueError(f"{stage} has no {FOLDER} folder; train the stage first")
     while step := latest_step(pathlib.Path(stage)):
         try:
-            return _restore_ema(folder / str(step), shapes), step
+            return _restore_ema(folder / str(step), shapes, check), step
         except ValueError:
             if (folder / str(step) / SEAL).exists():
                 raise
@@ -162,9 +171,9 @@ def restore_ema(stage: pathlib.Path | str, shapes: Params) -> tuple[Params, int]
     raise ValueError(f"{folder} holds no complete checkpoint yet")
 
 
-def _restore_ema(step: pathlib.Path, shapes: Params) -> Params:
+def _restore_ema(step: pathlib.Path, shapes: Params, check: Callable[..., None]) -> Params:
     """Of one step; no more than what is read is compared with its seal, for a whole bundle takes minutes."""
-    _check_sound(step, "ema", "position")
+    check(step, "ema", "position")
     device = jax.sharding.SingleDeviceSharding(_own_processor())
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or device), shapes)
@@ -176,18 +185,13 @@ def _restore_ema(step: pathlib.Path, shapes: Params) -> Params:
     rest = keep(whole, [path in lacks for path in paths_of(whole)])
     wanted = {"ema": keep(whole, [path not in lacks for path in paths_of(whole)])}
     if rest:
-        _check_sound(step, "state")
+        check(step, "state")
     context = ocp.Context()
     context.pytree.loading.partial_load = bool(rest)    # else what nobody asked for is a fault
     with damage(step), context:
         found = ocp.load_checkpointables(step, wanted | ({"state": {"params": rest}} if rest else {}))
     params = replace(found["state"]["params"], found["ema"]) if rest else found["ema"]
     return jax.jit(merge, static_argnums=1)(params, lora) if lora.groups else params
-
-
-def _check_sound(step: pathlib.Path, *items: str) -> None:
-    if faults := find_faults(step, items):
-        raise ValueError(f"{step} is damaged: {'; '.join(faults[:3])}; remove it, and the one before is taken")
 
 
 def _own_processor() -> jax.Device:

@@ -2,7 +2,7 @@
 
 import collections
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from irg_jax.checkpoints import names
 from irg_jax.checkpoints.bundle import FOLDER as BUNDLES
-from irg_jax.checkpoints.bundle import restore_ema
+from irg_jax.checkpoints.bundle import check_sound, restore_ema
 from irg_jax.checkpoints.model import Model, join_leaves, load_stage_frozen, model_slots, open_model
 from irg_jax.checkpoints.store import Reader
 from irg_jax.models.functional import Params
@@ -32,16 +32,17 @@ def load_frozen(path: str | pathlib.Path) -> Model:
     return Model(config, tokenizer, {}, vae)
 
 
-def load_onto(path: str | pathlib.Path, shapes: Params) -> Params:
+def load_onto(path: str | pathlib.Path, shapes: Params, *, check: Callable[..., None] = check_sound) -> Params:
     """The network, every parameter placed as soon as it is read.
 
-    Args: shapes is a tree of ShapeDtypeStruct with NamedShardings, as parameters will lie; layers are never
-        split.
+    Args:
+        shapes: a tree of ShapeDtypeStruct with NamedShardings, as parameters will lie; layers are never split.
+        check: of a stage folder, as `restore_ema` takes it.
     Raises: as `load_model`.
     """
     folder = pathlib.Path(path).absolute()
     if (folder / BUNDLES).is_dir():
-        return restore_ema(folder, shapes)[0]
+        return restore_ema(folder, shapes, check=check)[0]
     config, _, reader = open_model(folder)
     return names.unflatten(dict(_place(reader, model_slots(config)["model"], names.flatten(shapes))))
 

@@ -6,6 +6,7 @@ kernels, biases and norms stay, and so need no gradient, no moments and no avera
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from irg_jax.models.functional import Params
 from irg_jax.models.groups import GROUPS, group_of
@@ -82,11 +84,22 @@ def add_shapes(shapes: Params, config: LoraConfig, path: str = "") -> Params:
 
 
 def merge(params: Params, config: LoraConfig) -> Params:
-    """The adapted network's parameters -> the network's: products are added to their kernels, in float32."""
+    """The adapted network's parameters -> the network's: products are added to their kernels, in float32.
+
+    Beside both there is one layer of one kernel.
+    """
     tree = {name: merge(child, config) if isinstance(child, dict) else child
             for name, child in params.items() if name not in ADAPTERS}
     if "lora_a" in params:
-        kernel = params["kernel"]
-        product = jnp.matmul(params["lora_a"], params["lora_b"], precision=jax.lax.Precision.HIGHEST)
-        tree["kernel"] = (kernel.astype(jnp.float32) + config.scale * product).astype(kernel.dtype)
+        tree["kernel"] = _add_product(params["kernel"], params["lora_a"], params["lora_b"], config.scale)
     return tree
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _add_product(kernel: Float[Array, "*layers i o"], lora_a: Float[Array, "*layers i r"],
+                 lora_b: Float[Array, "*layers r o"], scale: float) -> Float[Array, "*layers i o"]:
+    def add(layer: tuple[Array, Array, Array]) -> Array:
+        kernel, lora_a, lora_b = layer
+        product = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+        return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+    return jax.lax.map(add, (kernel, lora_a, lora_b)) if kernel.ndim == 3 else add((kernel, lora_a, lora_b))

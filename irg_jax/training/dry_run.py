@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,20 +42,20 @@ class Origin(NamedTuple):
 
 
 def describe(config: TrainConfig, workdir: pathlib.Path | None, *, topology: Topology | None = None,
-             devices: int = 1, mfu: float = 0.4) -> str:
+             devices: int = 1, mfu: float = 0.4, earlier: Sequence[TrainConfig] = ()) -> str:
     """The page that `irg_jax.train --dry_run` prints.
 
     Args:
         workdir: of the run, whose steps may have been measured already.
         topology: slice of TPUs; without one the mesh has so many `devices`.
         mfu: share of the chips' peak that useful operations are taken to reach.
+        earlier: stages of the same job, from which this one may start.
     Raises: ValueError as a run would for its config, and for data or a checkpoint that are there but damaged.
     """
     mesh = (make_abstract_mesh(config.mesh, topology.num_chips, topology.slices) if topology
             else make_abstract_mesh(config.mesh, devices))
     check_share(config, mesh)
-    origin = find_origin(config, workdir)
-    check_model(config.data, origin.model)
+    origin = find_origin(config, workdir, earlier)
     planned = plan_packs(config.data, tables=origin.tables, packs=_PLANNED)
     where = f"{topology.num_chips} chips of {topology.cloud_name}" if topology else f"{devices} devices"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -67,25 +67,44 @@ def describe(config: TrainConfig, workdir: pathlib.Path | None, *, topology: Top
         *describe_time(config, origin.model, planned, workdir, topology, mfu)])
 
 
-def find_origin(config: TrainConfig, workdir: pathlib.Path | None) -> Origin:
+def find_origin(config: TrainConfig, workdir: pathlib.Path | None, earlier: Sequence[TrainConfig]) -> Origin:
     """The geometry of the checkpoint and the costs of the records, or of BAGEL-7B-MoT and simulated ones."""
-    source = config.init_from.partition(":")
-    first = workdir / source[0] if source[1] and workdir else pathlib.Path(source[0])
-    folders = [first] if workdir is None else [workdir / config.stage, first]
-    folder = next((folder for folder in folders if (folder / DESCRIPTION).is_file()), None)
-    notes: list[str] = []
+    folder, notes = find_folder(config, workdir, earlier), list[str]()
     model, tokenizer = BAGEL_7B_MOT, None
     if folder:
         model = load_description(folder)[0]
         tokenizer = load_tokenizer(folder, model)
+        check_model(config.data, model)
     else:
-        notes.append(f"model: {config.init_from} is not here; BAGEL-7B-MoT is assumed")
+        check_assumed(config)
+        notes.append(f"model: {config.init_from} is no checkpoint yet; BAGEL-7B-MoT is assumed")
     tables = read_tables(config, tokenizer)
     if tables is None:
         notes.append(f"data: {config.data.source} is not here" + ("" if tokenizer else ", or no tokenizer")
                      + f"; {RECORDS:,} records of each mode are simulated (data_pipelines/simulation.py)")
         tables = simulate(config.data)
     return Origin(model, tables, tuple(notes))
+
+
+def check_assumed(config: TrainConfig) -> None:
+    """Raises: ValueError if the config does not suit BAGEL-7B-MoT, which is taken for what is not there."""
+    try:
+        check_model(config.data, BAGEL_7B_MOT)
+    except ValueError as error:
+        raise ValueError(f"init_from {config.init_from} is no checkpoint yet, and BAGEL-7B-MoT, taken for it, "
+                         f"does not suit the config: {error}") from error
+
+
+def find_folder(config: TrainConfig, workdir: pathlib.Path | None,
+                earlier: Sequence[TrainConfig]) -> pathlib.Path | None:
+    """Where the geometry of a stage is told: its own folder, what it starts from, or what that starts from."""
+    source, separator, _ = config.init_from.partition(":")
+    first = workdir / source if separator and workdir else pathlib.Path(source)
+    for folder in [first] if workdir is None else [workdir / config.stage, first]:
+        if (folder / DESCRIPTION).is_file():
+            return folder
+    before = [number for number, stage in enumerate(earlier) if separator and stage.stage == source]
+    return find_folder(earlier[before[0]], workdir, earlier[:before[0]]) if before else None
 
 
 def read_tables(config: TrainConfig, tokenizer: Tokenizer | None) -> dict[str, CostTable] | None:

@@ -12,16 +12,19 @@ from irg_jax.parallel.hosts import Hosts
 class Interrupt:
     """Whether SIGTERM or SIGINT came, to this host or another: the loop then saves and ends.
 
-    Among several hosts, SIGTERM is left to JAX's coordination service, which tells them all and chooses a step
-    that none of them has passed.
+    Among several hosts, SIGTERM is left to JAX's coordination service, which tells them all and chooses a call
+    of `reached` that none of them has passed. One object serves all stages: a signal at the end of one is heard
+    by the next.
     """
 
     def __init__(self, hosts: Hosts):
-        self._several, self._set = hosts.count > 1, False
+        self._several, self._set, self._calls = hosts.count > 1, False, 0
 
-    def reached(self, step: int) -> bool:
-        """To be asked before every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._set
+    def reached(self) -> bool:
+        """To be asked before every step and after a stage, by all hosts equally often."""
+        # Not the step: the service counts from 0, and would wait for ever for one that a resumed run passed.
+        self._calls += 1
+        return multihost_utils.reached_preemption_sync_point(self._calls) if self._several else self._set
 
     @contextlib.contextmanager
     def listen(self) -> Iterator["Interrupt"]:

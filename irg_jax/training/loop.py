@@ -35,7 +35,7 @@ class Draw(Protocol):
 
 
 def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None, *,
-          accepted: Collection[str] = (), draw: Draw | None = None) -> int:
+          accepted: Collection[str] = (), draw: Draw | None = None, interrupt: Interrupt | None = None) -> int:
     """Runs a stage to its last step, or to a signal; returns the step reached.
 
     Args:
@@ -43,6 +43,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
         accepted: config fields that may have changed since the stage was begun.
         draw: called on the first host, every `draw_every` steps and at the end; not again for a stage that was
             saved at its last step, drawn or not.
+        interrupt: of a run of several stages, which asks it after each.
     Raises: ValueError for anything wrong with config, data or checkpoints, before the first step, and if a
         checkpoint cannot be written; FloatingPointError if loss or gradient is not finite in `max_skipped`
         steps in a row.
@@ -68,7 +69,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
         trainer.events = closing.enter_context(EventLog(folder if hosts.is_first else None))
         for sentence in aside:
             trainer.events.write("set aside", trainer.start, sentence)
-        interrupt = closing.enter_context(Interrupt(hosts).listen())
+        interrupt = closing.enter_context((interrupt or Interrupt(hosts)).listen())
         closing.enter_context(hosts.watching())
         closing.enter_context(jax.set_mesh(trainer.mesh))
         if trainer.start >= config.total_steps:
@@ -76,6 +77,7 @@ def train(config: TrainConfig, workdir: pathlib.Path, hosts: Hosts | None = None
             return trainer.start
         with Watchdog(config.hang_seconds).watching() as watchdog:
             trainer.load()
+            watchdog.progress()
             try:
                 step = fit(trainer, interrupt, watchdog, draw)
             except OSError as error:    # of logs; what else can fail tells it in its own words
@@ -125,7 +127,7 @@ def run_steps(trainer: Trainer, progress: Progress, interrupt: Interrupt, watchd
     them never stalls the device; saving comes after the step whose data it counts."""
     config, step = trainer.config, trainer.start
     phases = {phase.from_step: phase.name for phase in config.phases}
-    while step < config.total_steps and not interrupt.reached(step):
+    while step < config.total_steps and not interrupt.reached():
         if step in phases:
             trainer.enter(step)
             trainer.events.write("phase", step, phases[step])

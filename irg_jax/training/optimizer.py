@@ -40,6 +40,12 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule is {self.schedule!r}; use 'constant', 'linear' or 'cosine'")
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be positive, and float('inf') clips nothing")
+        if not 0 <= self.ema_decay <= 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be between 0 and 1")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be 0 or more")
         if self.moments != "float32":
             make_packing(self.b1, self.b2, self.moments)    # refused now, or never
         if not 0 <= self.final_learning_rate <= self.learning_rate:

@@ -23,7 +23,7 @@ from data_pipelines.batch import PackedBatch
 from data_pipelines.faults import Fault
 from data_pipelines.fingerprints import digest_values
 from data_pipelines.pipeline import make_iterator
-from irg_jax.checkpoints.bundle import Bundles, latest_step
+from irg_jax.checkpoints.bundle import Bundles, check_sound, latest_step
 from irg_jax.checkpoints.model import Model, read_json, save_stage_frozen
 from irg_jax.checkpoints.placement import load_frozen, load_onto, put
 from irg_jax.config import TrainConfig, check_model
@@ -151,12 +151,19 @@ class Trainer:
         """The weights that a stage starts from, and adapters that change nothing yet."""
         adapters = [is_adapter(path) for path in paths_of(self.model.shapes)]
         fresh = lambda tree: keep(tree, adapters)
-        params = load_onto(self._origin, keep(self._held().params, [not each for each in adapters]))
+        params = load_onto(self._origin, keep(self._held().params, [not each for each in adapters]),
+                           check=self._check_for_all)
         if not any(adapters):
             return params
         init = jax.jit(lambda: fresh(self.model.init(self.config.seed)),
                        out_shardings=fresh(self.placement.state.params))
         return replace(params, init())
+
+    def _check_for_all(self, step: pathlib.Path, *items: str) -> None:
+        """`check_sound` by the first host alone: what all read may be hundreds of gigabytes."""
+        if self.hosts.is_first:
+            check_sound(step, *items)
+        self.hosts.await_first()
 
     def _held(self) -> TrainState:
         """Shapes and shardings of the state."""
