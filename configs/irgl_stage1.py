@@ -1,7 +1,7 @@
 """IRGL stage 1 of the paper, for BAGEL-7B-MoT on a pod (14.6 B parameters): all six modes, 2,000 steps.
 
     python -m irg_jax.train --config configs/irgl_stage1.py --workdir RUN \
-        --config.init_from=BAGEL_CHECKPOINT --config.data.source=IRGL_300K
+        --config.init_from=CHECKPOINT --config.data.source=IRGL_300K
 
 Values are the released run.sh and yaml (docs/parity.md, "Where paper and code disagree"); `packs_per_step` is
 the 8 ranks of 40,000 tokens. The sizes of the streams are ours: on simulated lengths they fill to 97.6 %
@@ -40,7 +40,8 @@ SEEING = {
         "a red apple to the left of two green pears on a wooden table",
         "a street sign that reads INTERLEAVE in the rain at night",
         "an origami crane on an open book, soft morning light",
-        "three cats of different colours on a blue sofa")},
+        "three cats of different colours on a blue sofa"),
+        "sampling": {"text_multiple": 256, "cache_multiple": 2048}},   # few sizes, so few compilations
     "draw_every": 1000,
     "export": "bagel",
 }
@@ -49,7 +50,7 @@ SEEING = {
 def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({
         "stage": "stage1",
-        "init_from": "BAGEL-7B-MoT",
+        "init_from": "base",    # what irg_jax.convert makes of the released folder
         "total_steps": 2000,
         "save_every": 1000,
         "loss": {"timestep_shift": 4.0, "posterior": "sample"},

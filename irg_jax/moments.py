@@ -30,6 +30,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Model checkpoint whose autoencoder encodes.")
     flags.DEFINE_string("out", None, "Folder of the moments.")
     flags.DEFINE_enum("store", "float16", ["float16", "float32"], "How the values are kept.")
-    flags.DEFINE_integer("batch_size", 8, "Images encoded at once, over all local devices.")
+    flags.DEFINE_integer("batch_size", 8, "Images encoded at once, over all local devices.", lower_bound=1)
     flags.mark_flags_as_required(["config", "checkpoint", "out"])
     command.run(main)

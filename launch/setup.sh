@@ -7,6 +7,12 @@
 #
 # local.sh and test.sh source this file: they then stand in the repository's root and have $python.
 set -euo pipefail
+if [[ ${BASH_SOURCE[0]} == "$0" ]] && (($#)); then
+    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    [[ $1 == -h || $1 == --help ]] && exit
+    echo "error: unexpected '$1'; it takes no arguments" >&2
+    exit 2
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 python=$venv/bin/python
@@ -38,10 +44,12 @@ make_venv() {
     "$base" -c 'import ensurepip, venv' 2>/dev/null ||
         fail "$base cannot make virtual environments: its module venv or ensurepip is missing;" \
              "install it (Debian and Ubuntu: apt-get install $version-venv)"
-    echo "setup: making $venv with $base"
-    if [[ -e $venv && ! -e $venv/pyvenv.cfg ]]; then
-        fail "$venv exists and is no virtual environment; remove it, or choose another: VENV=DIR"
+    # Nobody else's files are cleared away: of other names only what was installed here once.
+    if [[ -e $venv && ! -e $venv/pyvenv.cfg ]] ||
+        [[ -e $venv && $venv != .venv && ! -e $venv/requirements.sha256 ]]; then
+        fail "$venv exists and is no virtual environment of ours that works; remove it, or choose another: VENV=DIR"
     fi
+    echo "setup: making $venv with $base"
     "$base" -m venv --clear "$venv" || fail "$base could not make the virtual environment $venv"
 }
 

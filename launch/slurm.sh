@@ -22,8 +22,11 @@ and, if wanted:
 END
 }
 
-dry=''
-[[ ${1:-} != --dry-run ]] || { dry=yes; shift; }
+dry='' words=()
+for word in "$@"; do    # wherever it stands: the training's own is --dry_run
+    [[ $word == --dry-run ]] && dry=yes || words+=("$word")
+done
+set -- ${words[@]+"${words[@]}"}
 [[ -n ${1:-} && $1 != -h && $1 != --help ]] || { usage; exit; }
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh

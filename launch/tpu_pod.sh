@@ -29,8 +29,11 @@ and, if wanted:
 END
 }
 
-dry=''
-[[ ${1:-} != --dry-run ]] || { dry=yes; shift; }
+dry='' words=()
+for word in "$@"; do    # wherever it stands: the training's own is --dry_run
+    [[ $word == --dry-run ]] && dry=yes || words+=("$word")
+done
+set -- ${words[@]+"${words[@]}"}
 command=${1:-}
 [[ -n $command && $command != -h && $command != --help ]] || { usage; exit; }
 shift
@@ -38,6 +41,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 
+[[ $command == run ]] || (($# == 0)) || fail "unexpected '$1' after $command; --help lists what there is"
 needs PROJECT ZONE NAME ACCELERATOR_TYPE
 slices=${SLICES:-1}
 spot=${SPOT:-0}
@@ -104,7 +108,9 @@ create() {
 
 setup() {
     local archive=${TMPDIR:-/tmp}/irg_jax_$NAME.tar.gz
-    git diff --quiet HEAD -- || echo "note: what is not committed is not copied" >&2
+    [[ -z $(git status --porcelain) ]] || echo "note: what is not committed is not copied" >&2
+    # shellcheck disable=SC2064
+    [[ -n $dry ]] || trap "rm -f $(printf %q "$archive")" EXIT
     act git archive --format tar.gz --output "$archive" HEAD
     act gcloud compute tpus queued-resources scp "$archive" "$NAME:irg_jax.tar.gz" "${place[@]}" "${everywhere[@]}"
     [[ -z ${PREPARE:-} ]] || on_hosts all "$PREPARE"

@@ -241,6 +241,21 @@ def test_set_up_skips_a_python_that_does_not_run(tmp_path):
     assert wrong.returncode == 1 and "no_python is not a Python 3.11" in wrong.stderr
 
 
+def test_set_up_clears_no_environment_that_is_not_ours(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "theirs" / "bin").mkdir(parents=True)
+    for name in ("pyvenv.cfg", "notes.txt", "bin/python"):    # which does not run
+        (tmp_path / "theirs" / name).write_text("")
+    process = subprocess.run(["bash", "launch/setup.sh"], cwd=tmp_path, capture_output=True, text=True,
+                             env=os.environ | {"PYTHON": sys.executable, "VENV": "theirs"})
+    assert process.returncode == 1 and "theirs exists and is no virtual environment of ours" in process.stderr
+    assert (tmp_path / "theirs" / "notes.txt").exists()
+    process = subprocess.run(["bash", "launch/setup.sh", "--help"], cwd=tmp_path, capture_output=True,
+                             text=True)
+    assert process.returncode == 0 and process.stdout.startswith("Makes a virtual environment")
+    assert not (tmp_path / ".venv").exists()
+
+
 def test_set_up_without_ensurepip_says_what_to_install(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     python = tmp_path / "bare_python"

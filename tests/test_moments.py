@@ -94,6 +94,8 @@ def test_killed_work_goes_on(config, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(moments, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         compute_moments(config, MODEL, torn, dtype="float32", batch_size=8)
+    with pytest.raises(ValueError, match="batch_size is 0; make it a positive multiple"):
+        compute_moments(config, MODEL, torn, dtype="float32", batch_size=0)
     with pytest.raises(ValueError, match="moments.json is no manifest of moments"):
         Packs(dataclasses.replace(config, moments=str(torn)), make_tokenizer())
     done = {path: path.stat().st_mtime_ns for path in torn.rglob("*.array_record")}

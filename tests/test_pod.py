@@ -120,10 +120,19 @@ ALL = "--worker all --node all"
                      f"{QR} ssh {AT} {ALL} --command 'bash irg_jax/launch/worker.sh status'"),
     (["stop"], {}, f"{QR} ssh {AT} {ALL} --command 'bash irg_jax/launch/worker.sh stop'"),
     (["delete"], {}, f"{QR} delete {AT} --force --quiet")])
-def test_dry_run_prints_the_commands_and_does_nothing(cloud, arguments, environment, expected):
-    code, output = run(cloud, "--dry-run", *arguments, **POD | environment)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_dry_run_prints_the_commands_and_does_nothing(cloud, arguments, environment, expected, is_first):
+    words = ["--dry-run", *arguments] if is_first else [*arguments, "--dry-run"]
+    code, output = run(cloud, *words, **POD | environment)
     assert code == 0, output
     assert list(map(shlex.split, output.splitlines())) == list(map(shlex.split, expected.splitlines()))
+    assert not (cloud / "log.txt").exists()
+
+
+@pytest.mark.parametrize("command", ["create", "setup", "logs", "status", "stop", "delete"])
+def test_a_word_too_many_does_nothing(cloud, command):
+    code, output = run(cloud, command, "--topology", "x", **POD)
+    assert code == 1 and f"unexpected '--topology' after {command}" in output
     assert not (cloud / "log.txt").exists()
 
 

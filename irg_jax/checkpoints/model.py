@@ -160,8 +160,12 @@ def load_description(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]
     """The geometry in `model.json`, and the whole of it. Raises ValueError naming the field."""
     path = folder / DESCRIPTION
     if not path.is_file():
+        if not folder.is_dir():
+            raise ValueError(f"{str(folder)!r} is no model checkpoint and no stage folder: it does not exist")
         stages = [child.parent.name for child in folder.glob(f"*/{DESCRIPTION}")]
         hint = f"; give one of its folders {listing(stages)}" if stages else ""
+        if (folder / "llm_config.json").is_file():    # BAGEL's layout
+            hint = "; it has the released layout: python -m irg_jax.convert makes a checkpoint of it"
         raise ValueError(f"{str(folder)!r} is no model checkpoint and no stage folder (it has no "
                          f"{DESCRIPTION}){hint}")
     values = read_json(path)

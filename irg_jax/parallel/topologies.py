@@ -139,7 +139,8 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("compiling for TPUs needs the package libtpu: pip install '.[tpu]'")
+        raise ValueError("compiling for TPUs needs the package libtpu; bash launch/test.sh puts it where "
+                         "PYTHONPATH=.venv/libtpu finds it")
     options = {"chip_config_name": "megacore"} if topology.generation == "v4" else {}  # one device a chip
     if math.prod(topology.sides) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)    # else a host has four

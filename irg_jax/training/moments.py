@@ -65,8 +65,9 @@ class Encoder:
         # On processors one batch keeps little more than a core busy; elsewhere the next is got ready meanwhile.
         self.at_once = min(default_workers(), 4) if jax.default_backend() == "cpu" else 2
         mesh = jax.sharding.Mesh(jax.local_devices(), ("images",))
-        if batch_size % mesh.size:
-            raise ValueError(f"batch_size is {batch_size}; make it a multiple of the {mesh.size} devices here")
+        if batch_size < 1 or batch_size % mesh.size:
+            raise ValueError(f"batch_size is {batch_size}; make it a positive multiple of the {mesh.size} "
+                             "devices here")
         spread, copied = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
                           for axes in (("images",), ()))
         vae = Functional(lambda rngs: make_autoencoder(model.config, rngs=rngs))
