@@ -56,7 +56,9 @@ def edit_draft(rng: np.random.Generator, request: Request, prompt: str, drawn: R
                     f"{step} {language.caption(rng, drawn.right)}", drawn.right)
     things = drawn.right.things
     has_room = all(is_free(thing, things[:i]) for i, thing in enumerate(things))
-    if not has_room or rng.random() < KEPT_SHARE:
+    # One of two green diamonds may be another thing, and "a green diamond" is still there.
+    has_more = len(things) > request.num_things
+    if has_more or not has_room or rng.random() < KEPT_SHARE:
         return make_edit(rng, request, prompt, right=drawn.right, flawed=drawn.right, flaws=())
     changed, flaw = make_flawed(rng, request, drawn.right, split="train")
     back = {"missing": "extra", "extra": "missing"}
