@@ -10,6 +10,7 @@ from data_pipelines.shapes.flaws import make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import sample_request, sample_scene
+from data_pipelines.shapes.scene import Group, Request, Scene, Thing
 from data_pipelines.shapes.split import is_training
 
 
@@ -56,6 +57,17 @@ def test_what_was_said_before_may_be_wrong_about_the_picture():
 def test_a_crowd_holds_things_that_run_into_each_other():
     sizes = [len(crowd(rng, request).things) - request.num_things for rng, request, _ in orders(300)]
     assert set(sizes) == {0, 1, 2, 3, 4} and 0.3 < np.mean(np.array(sizes) > 0) < 0.7
+
+
+def test_a_right_draft_with_more_than_was_asked_for_is_kept():
+    """The base's own, of two green diamonds for one: whatever one becomes, the request is fulfilled."""
+    request = Request("colors", (Group("diamond", 1, "green"),))
+    things = tuple(Thing("diamond", "green", "plain", x, 0.5, 0.25) for x in (0.25, 0.75))
+    drawn = repair(request, Scene("colors", things[:1], "pale yellow"), things, "pale yellow")
+    assert not drawn.flaws and len(drawn.right.things) == 2
+    for seed in range(40):
+        edit = edit_draft(np.random.default_rng(seed), request, "the prompt", drawn)
+        assert edit.right == drawn.right and "draw the same picture again" in edit.instruction
 
 
 def test_a_draft_is_mended_kept_or_changed_and_the_end_is_told():
