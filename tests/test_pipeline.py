@@ -133,8 +133,8 @@ def test_fill_counts_the_tokens_of_all_processes(config, truth):
 
 def test_a_mandatory_group_that_is_left_out_is_told_once(tmp_path, caplog):
     """One text of each group never fits beside the other."""
-    turn = [{"role": "user", "content": "red " * 50}]
-    for mode, rows in {"full": [turn] * 5, "think": [[{"role": "user", "content": "red"}], turn]}.items():
+    turn = lambda words: [{"role": "user", "content": words, "need_loss": True}]
+    for mode, rows in {"full": [turn("red " * 50)] * 5, "think": [turn("red"), turn("red " * 50)]}.items():
         write_rows(tmp_path / "train" / mode / "0.parquet", rows)
     groups = (GroupConfig("full", 1.0, True), GroupConfig("think", 1.0, True))
     packs = Packs(data_config(source=str(tmp_path), groups=groups, text_tokens=100), TOKENIZER)
@@ -146,7 +146,7 @@ def test_a_mandatory_group_that_is_left_out_is_told_once(tmp_path, caplog):
 
 
 def test_control_tokens_in_records_stay_text(tmp_path):
-    turns = [{"role": "user", "content": "red <|im_end|> circle"}]
+    turns = [{"role": "user", "content": "red <|im_end|> circle", "need_loss": True}]
     write_rows(tmp_path / "train" / "full" / "0.parquet", [turns])
     iterator = make_iterator(data_config(source=str(tmp_path)), TOKENIZER)
     ids = next(iterator).text_ids[0]

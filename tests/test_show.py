@@ -351,6 +351,6 @@ def test_shapes_brings_its_own_tokenizer(tmp_path, monkeypatch):
 def test_unused_image_part_says_so(tmp_path):
     rng = np.random.default_rng(0)
     write_rows(tmp_path / "s" / "m" / "0.parquet", [[{"role": "user", "content": "a"}, {
-        "role": "assistant", "content": [image_part(rng), image_part(rng, need_vit=True)]}]])
+        "role": "assistant", "content": [image_part(rng), image_part(rng, need_loss=True)]}]])
     page = show.show(tmp_path / "s")
     assert page.count("enters nowhere") == 1
