@@ -159,8 +159,8 @@ def write_texts(folder: pathlib.Path, tokenizer: Tokenizer, records: int) -> tup
     """Short texts of all modes, as parquet and as a built data set."""
     each = records // len(MODES)
     for mode in MODES:
-        rows = [json.dumps([{"role": "user", "content": f"{mode} {i} {WORDS[i % len(WORDS)]}"}])
-                for i in range(each)]
+        words = (f"{mode} {i} {WORDS[i % len(WORDS)]}" for i in range(each))
+        rows = [json.dumps([{"role": "user", "content": text, "need_loss": True}]) for text in words]
         write(folder / "parquet" / "train" / mode, rows, rows_per_group=-(-each // SHARDS))
     groups = tuple(map(GroupConfig, MODES))
     parquet = DataConfig(source=str(folder / "parquet"), groups=groups, packs_per_step=1,

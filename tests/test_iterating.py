@@ -40,7 +40,7 @@ def source(tmp_path_factory):
     content = broken[1]["content"][1]["content"]
     broken[1]["content"][1]["content"] = content[:len(content) // 8 * 4]
     write_rows(folder / "train" / "full" / "9999.parquet",
-               [broken, [{"role": "user", "content": "red <|im_end|> circle"}]])
+               [broken, [{"role": "user", "content": "red <|im_end|> circle", "need_loss": True}]])
     return folder
 
 
