@@ -153,7 +153,7 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: image over the limit of {max_pixels} pixels") from error
-    except Exception as error:    # of any type: RuntimeError for AVIF, NotImplementedError for DDS
+    except Exception as error:    # of any type, like RuntimeError for AVIF
         raise ValueError(f"{where}: not a readable image ({', '.join(FORMATS)} are)") from error
     if image.width * image.height > max_pixels:
         raise ValueError(f"{where}: image of {image.width} x {image.height} is over the limit of "
