@@ -7,8 +7,8 @@ builds the data set (5 minutes), trains a tokenizer and the autoencoder (35), co
 the network to draw (100), its vision encoder by itself (11), the network on plain text-to-image, captions,
 questions and editing (75), on text alone (20), on all of it (86) and on edits of 5,000 pictures that it drew
 itself (58; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
-resumes. Minutes are of two cores, in a run of this recipe on 2026-11-28 that was handed on twice, with
-GLIBC_TUNABLES as in docs/log.md and other work beside parts of it.
+resumes. Minutes are of two cores, in a run of this recipe on 2026-11-28 that was handed on twice, from `see` on
+with GLIBC_TUNABLES as in docs/log.md, and with other work beside parts of it.
 Expected of it: 87 % of 300 questions about scenes are answered right; of 300 held-out prompts 39 % are drawn
 right, 35 % after thinking (assets/base_in_the_making has the commands, and the export).
 

@@ -225,8 +225,9 @@ def _inspect(record: Record, file: File, counts: Counter[str]) -> list[str]:
     if file.path.suffix == ".jsonl":
         counts["file_bytes"] += sum(len(part.data) for part in pictures)  # files beside it
     faults = find_faults(record, wish.config, decode=wish.decode)
+    prompt = wish.config.system_prompt_of(file.group)
     try:
-        check_opening(record, wish.config.system_prompt_of(file.group))
+        check_opening(record, prompt)
     except ValueError as error:
         faults.append(str(error))
     if faults or not wish.tokenizer:

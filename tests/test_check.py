@@ -80,6 +80,8 @@ def test_a_record_that_opens_with_the_system_prompt_is_found(tmp_path):
     wish = Wish(dataclasses.replace(CONFIG, system_prompt="think first"))
     [found] = check(tmp_path, wish, workers=1)["train/full"].faults
     assert "row 1: the record opens with the system prompt itself" in found
+    with pytest.raises(ValueError, match="nowhere.txt"):    # no fault of the records
+        check(tmp_path, Wish(dataclasses.replace(CONFIG, system_prompt="@nowhere.txt")), workers=1)
 
 
 def test_workers_find_the_same(copy):

@@ -13,8 +13,8 @@ class Interrupt:
     """Whether SIGTERM or SIGINT came, to this host or another: the loop then saves and ends.
 
     Among several hosts, SIGTERM is left to JAX's coordination service, which tells them all and chooses a call
-    of `reached` that none of them has passed. One object serves all stages: a signal at the end of one is heard
-    by the next.
+    of `reached` that none of them has passed. One object serves all stages of a run, so that a signal at the
+    end of one is not lost.
     """
 
     def __init__(self, hosts: Hosts):
