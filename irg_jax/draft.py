@@ -3,7 +3,7 @@ r"""Draws training prompts with the base model: the first images that IRGL's imp
     python -m irg_jax.draft --config configs/shapes_generate.py --checkpoint runs/shapes/base \
         --num 3500 --out runs/shapes/drafts
 
-The base model is given the prompt and a thought that says what there will be, and draws.
+The base model is given the prompt and a plan that says what there will be, and draws.
 `data_pipelines.build` reads the folder with --config.drafts=runs/shapes/drafts.
 Interrupted, the same command draws only what is missing.
 """

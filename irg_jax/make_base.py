@@ -127,7 +127,7 @@ def draw_own(config: BaseConfig, drawer: pathlib.Path, workdir: pathlib.Path) ->
     """What the last stage learns from: drafts of the stage before, and records that start from them."""
     drafts, out = config.drafts, workdir / "drafts"
     make_drafts(str(drawer), from_config_dict(SamplingConfig, load_config(drafts.config)), drafts.num,
-                seed=drafts.seed, out=out)
+                seed=drafts.seed, out=out, is_planned=False)   # the base knows no others
     data = from_config_dict(BuildConfig, load_config(drafts.data_config))
     build(dataclasses.replace(data, drafts=str(out)), out=workdir / "own_data")
     stage = below(workdir, config.mend)

@@ -66,6 +66,16 @@ def pictures(turns) -> list[np.ndarray]:
             for part in parts if part["type"] == "image"]
 
 
+def test_an_order_is_the_same_but_for_how_the_base_thinks():
+    pairs = [[order_draft(generator(3, "draft", index), is_planned=is_planned) for is_planned in (True, False)]
+             for index in range(60)]
+    assert all((plan.prompt, plan.request, plan.wanted) == (plain.prompt, plain.request, plain.wanted)
+               for plan, plain in pairs)
+    differing = [(plan, plain) for plan, plain in pairs if plan.thought != plain.thought]
+    assert 20 < len(differing) < 50
+    assert all(" and " in plain.thought for _, plain in differing)
+
+
 def test_what_is_written_is_read(folder, drafts):
     for one, other in zip(read_drafts(folder), drafts, strict=True):
         assert one[:4] == other[:4]

@@ -13,7 +13,17 @@ from data_pipelines.shapes.flaws import Flaw, Repair, make_flawed
 from data_pipelines.shapes.judge import judge
 from data_pipelines.shapes.repair import repair
 from data_pipelines.shapes.sample import SPLITS, sample_request, sample_scene
-from data_pipelines.shapes.scene import CATEGORIES, COLOURS, SHAPES, Group, Request, Scene, Thing
+from data_pipelines.shapes.scene import (
+    CATEGORIES,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    holds,
+)
 
 RED_CIRCLES = (Thing("circle", "red", "plain", 0.2, 0.2, 0.27),
                Thing("circle", "red", "striped", 0.2, 0.8, 0.27))
@@ -52,6 +62,7 @@ def texts(stories):
     return {
         "prompt": [language.prompt(rng, request) for rng, request, *_ in stories],
         "think": [language.think(rng, scene) for rng, _, scene, *_ in stories],
+        "plan": [language.plan(rng, scene, request.relation) for rng, request, scene, *_ in stories],
         "caption": [language.caption(rng, scene) for rng, _, scene, *_ in stories],
         "describe": [language.describe(rng, scene) for rng, _, scene, *_ in stories],
         "reflect": [reflections.reflect(rng, request, repair(request, scene, flawed.things, flawed.background))
@@ -66,7 +77,8 @@ def texts(stories):
 
 
 @pytest.mark.parametrize("kind, most", [
-    ("think", 14), ("caption", 30), ("describe", 14), ("reflect", 145), ("praise", 120), ("prompt", 30)])
+    ("think", 14), ("plan", 14), ("caption", 30), ("describe", 14), ("reflect", 145), ("praise", 120),
+    ("prompt", 30)])
 def test_texts_keep_to_their_budget(texts, kind, most):
     assert max(num_words(text) for text in texts[kind]) <= most
     assert num_words(language.SYSTEM_PROMPT) <= 16
@@ -110,6 +122,35 @@ def test_a_thought_says_what_there_will_be_and_not_where():
     thoughts = {language.think(np.random.default_rng(seed), SCENE) for seed in range(20)}
     assert thoughts == {"<think>two red circles and a blue square.</think>",
                         "<think>two red circles and a blue square on pale pink.</think>"}
+
+
+def test_a_plan_says_which_side_of_which_two_kinds_of_things_are():
+    told = lambda relation=None, scene=SCENE: {
+        language.plan(np.random.default_rng(seed), scene, relation) for seed in range(20)}
+    assert told() == told("left of") == {"<think>two red circles left of a blue square.</think>",
+                                         "<think>two red circles left of a blue square on pale pink.</think>"}
+    corners = Scene("two_object", (Thing("ring", "red", "plain", 0.2, 0.2, 0.25),
+                                   Thing("heart", "blue", "plain", 0.9, 0.8, 0.25)), "white")
+    assert "<think>a red ring left of a blue heart.</think>" in told(scene=corners)
+    assert "<think>a red ring above a blue heart.</think>" in told("above", corners)
+    assert "<think>a red ring left of a blue heart.</think>" in told("below", corners)   # does not hold
+
+
+def test_a_plan_says_no_relation_that_does_not_hold_of_all(stories):
+    num_told = 0
+    for rng, request, scene, *_ in stories:
+        text = language.plan(rng, scene, request.relation)
+        kinds = {(thing.colour, thing.shape): [] for thing in scene.things}
+        for thing in scene.things:
+            kinds[thing.colour, thing.shape].append(thing)
+        for relation in RELATIONS:
+            if f" {relation} " in text:
+                ones, others = kinds.values()
+                assert all(holds(relation, one, other) for one in ones for other in others)
+                assert request.relation in (None, relation)
+                num_told += 1
+        assert not any(f"{place}:" in text for place in language.PLACES)
+    assert num_told > 500
 
 
 def test_a_caption_says_where_everything_is_in_any_order():

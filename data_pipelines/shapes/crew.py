@@ -74,7 +74,7 @@ class ShapesCrew:
         scene = _look(case.request, image.pixels)[0] if case.is_seen else case.right
         if not scene.things:
             raise Rejected("empty_image", "the detector sees nothing")
-        return language.think(case.rng, scene)
+        return language.plan(case.rng, scene, case.request.relation)
 
     def reflect(self, case: ShapesCase, first: Round, better: Picture) -> str:
         """What is wrong with the first picture, and the scene that it should become."""

@@ -3,9 +3,9 @@
     DIR/0000.parquet ...   columns prompt, request, thought, wanted, image (PNG); by `irg_jax.draft`
     DIR/manifest.json      which model drew them and how, sha256 of every file; written last
 
-Each was drawn after a thought, which says what there will be and is the first thought of the record. Some
-thoughts miss the request in one point, as a model's own do: who learnt from right ones alone would hold the
-picture against the thought, never against the prompt.
+Each was drawn after a thought, which is the first thought of the record. Some thoughts miss the request in
+one point, as a model's own do: who learnt from right ones alone would hold the picture against the thought,
+never against the prompt.
 
 The critic (the detector) says what each shows, and a painter (`repair`) what it should have shown. Drafts that
 show a held-out combination are left out and counted: no training picture may.
@@ -69,13 +69,15 @@ class Order(NamedTuple):
     wanted: Scene
 
 
-def order_draft(rng: np.random.Generator) -> Order:
-    """One order, drawn at random."""
+def order_draft(rng: np.random.Generator, *, is_planned: bool = True) -> Order:
+    """One order, drawn at random; its thought is a plan, or one of the base's own kind."""
     request = sample_request(rng, split="train")
     thought = wanted = sample_scene(rng, request, split="train")
     if rng.random() < MISTHOUGHT_SHARE:
         thought, _ = make_flawed(rng, request, wanted, split="train")
-    return Order(language.prompt(rng, request), request, language.think(rng, thought), wanted)
+    prompt = language.prompt(rng, request)
+    text = language.plan(rng, thought, request.relation) if is_planned else language.think(rng, thought)
+    return Order(prompt, request, text, wanted)
 
 
 def write_part(path: pathlib.Path, drafts: Iterable[Draft]) -> None:

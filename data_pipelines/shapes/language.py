@@ -4,12 +4,26 @@ A tiny tokenizer is trained on these texts, so they stay short, plain and in low
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.shapes.sample import pick
-from data_pipelines.shapes.scene import COLOURS, SHAPES, SIZES, Group, Request, Scene, Thing, has_size, plural
+from data_pipelines.shapes.scene import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Group,
+    Request,
+    Scene,
+    Thing,
+    has_size,
+    holds_clearly,
+    offset,
+    plural,
+)
 from data_pipelines.shapes.split import is_training
 
 SYSTEM_PROMPT = "plan the picture in think tags, draw it, then look again and improve it."
@@ -53,12 +67,24 @@ def prompt(rng: np.random.Generator, request: Request) -> str:
 
 
 def think(rng: np.random.Generator, scene: Scene) -> str:
-    """The thought before drawing, in think tags: what there will be, as the base thinks, and not where.
-
-    With all of the layout in it first pictures were right nearly twice as often and second ones less often than
-    they (docs/log.md, 2026-11-26).
-    """
+    """The base's thought before drawing, in think tags: what there will be, and not where."""
     return tagged(describe(rng, scene))
+
+
+def plan(rng: np.random.Generator, scene: Scene, relation: str | None = None) -> str:
+    """IRG's first thought, in think tags: what there will be, and of two kinds of things which side of which.
+
+    That is the `relation` that was asked for if it holds, else the one with the most room. With the place of a
+    single thing in it first pictures were right more often than second ones (docs/log.md, 2026-11-28).
+    """
+    kinds = list(_kinds(scene).values())
+    if len(kinds) != 2:
+        return think(rng, scene)
+    pairs = list(itertools.product(*kinds))
+    room = {name: min(offset(name, *pair) for pair in pairs) for name in RELATIONS}
+    held = (name for name in (relation, max(room, key=room.__getitem__))
+            if name and all(holds_clearly(name, *pair) for pair in pairs))
+    return tagged(describe(rng, scene, next(held, None)))
 
 
 def caption(rng: np.random.Generator | None, scene: Scene) -> str:
@@ -79,16 +105,21 @@ def in_reading_order(things: Sequence[Thing]) -> list[Thing]:
     return sorted(things, key=lambda thing: (PLACES.index(where(thing)), thing.x))
 
 
-def describe(rng: np.random.Generator, scene: Scene) -> str:
-    """What the picture shows, in at most 14 words: how the base model thinks."""
-    kinds: dict[tuple[str, str], int] = {}
-    for thing in scene.things:
-        kinds[thing.colour, thing.shape] = kinds.get((thing.colour, thing.shape), 0) + 1
-    names = [counted(count, colour, shape) for (colour, shape), count in kinds.items()]
-    text = listed(names)
+def describe(rng: np.random.Generator, scene: Scene, relation: str | None = None) -> str:
+    """What the picture shows, in at most 14 words: how the base thinks. A relation is one of two kinds."""
+    names = [counted(len(things), *kind) for kind, things in _kinds(scene).items()]
+    text = RELATION_WORDS[relation][0].format(*names) if relation else listed(names)
     if len(names) <= 2 and rng.random() < 0.5:
         text += f" on {scene.background}"
     return f"{text}."
+
+
+def _kinds(scene: Scene) -> dict[tuple[str, str], list[Thing]]:
+    """The things by colour and shape, as they come."""
+    kinds: dict[tuple[str, str], list[Thing]] = {}
+    for thing in scene.things:
+        kinds.setdefault((thing.colour, thing.shape), []).append(thing)
+    return kinds
 
 
 def question(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def gather_one(mode: str, rng: np.random.Generator, *, split: str, side: int, dr
     """What a record of a learning mode is told from, made as `data_pipelines.curate` makes it."""
     if mode in INITIAL:
         story = _sample_story(rng, split)
-        case = ShapesCase(id_, story.prompt, LICENCE, SOURCE, rng=rng, right=story.right)
+        case = ShapesCase(id_, story.prompt, LICENCE, SOURCE, request=story.request, rng=rng, right=story.right)
     else:
         drawn = draft or _flawed_draft(rng, split, side)
         mended = repair_draft(drawn)
@@ -159,8 +159,8 @@ def _sample_story(rng: np.random.Generator, split: str) -> Story:
 def _flawed_draft(rng: np.random.Generator, split: str, side: int) -> SeenDraft:
     """A stand-in for a draft: rendered, with one flaw or none."""
     story = _sample_story(rng, split)
-    draft = Draft(story.prompt, story.request, language.think(rng, story.right), story.right,
-                  render(story.flawed, side=side))
+    plan = language.plan(rng, story.right, story.request.relation)
+    draft = Draft(story.prompt, story.request, plan, story.right, render(story.flawed, side=side))
     return SeenDraft(draft, story.flawed.things, story.flawed.background)
 
 

@@ -124,12 +124,12 @@ def holds(relation: str, one: Placed, other: Placed) -> bool:
     Centres must differ by half the mean size along the axis; what happens along the other axis does
     not matter, so a thing at the top left is both left of and above one at the bottom right.
     """
-    return _offset(relation, one, other) >= (one.size + other.size) / 4
+    return offset(relation, one, other) >= (one.size + other.size) / 4
 
 
 def holds_clearly(relation: str, one: Placed, other: Placed) -> bool:
     """As `holds`, with empty space between the two: how scenes are made."""
-    return _offset(relation, one, other) >= (one.size + other.size) / 2 + CLEARANCE
+    return offset(relation, one, other) >= (one.size + other.size) / 2 + CLEARANCE
 
 
 def is_free(thing: Thing, others: tuple[Thing, ...]) -> bool:
@@ -151,7 +151,8 @@ def plural(shape: str, count: int) -> str:
     return shape if count == 1 else f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
-def _offset(relation: str, one: Placed, other: Placed) -> float:
+def offset(relation: str, one: Placed, other: Placed) -> float:
+    """How far the centre of `one` lies on the relation's side of the other's, in shares of the side."""
     right, down = RELATIONS[relation]
     return (one.x - other.x) * right + (one.y - other.y) * down
 

@@ -17,8 +17,9 @@ from irg_jax.sampling.trajectory import Generator
 INPUTS = "inputs.json"
 
 
-def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out: pathlib.Path) -> None:
-    """Draws the drafts 0 to `num` file by file; files that are there stay."""
+def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out: pathlib.Path,
+                is_planned: bool = True) -> None:
+    """Draws the drafts 0 to `num` file by file, as `order_draft` has them; files that are there stay."""
     parts = range(0, num, PER_FILE)
     progress = tqdm(total=num, desc="drafts", unit="image", disable=None)
     for number, start in enumerate(parts):
@@ -28,7 +29,8 @@ def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out:
             continue
         drafts = []
         for batch, padded in in_batches(indices, batch_size):
-            orders = [order_draft(generator(seed, "draft", index)) for index in padded]
+            orders = [order_draft(generator(seed, "draft", index), is_planned=is_planned)
+                      for index in padded]
             seeds = [int(np.random.SeedSequence((seed, index)).generate_state(1)[0]) for index in padded]
             state = drawer.begin([order.prompt for order in orders], seeds=seeds)
             _, state = drawer.think(state, [order.thought for order in orders])
@@ -50,14 +52,18 @@ def claim(out: pathlib.Path, inputs: dict[str, Any]) -> None:
 
 
 def make_drafts(checkpoint: str, config: SamplingConfig, num: int, *, seed: int, out: pathlib.Path,
-                batch_size: int | None = None) -> bool:
-    """`num` drafts of a checkpoint in `out`; returns False if it held exactly these. Raises: as `claim`."""
+                batch_size: int | None = None, is_planned: bool = True) -> bool:
+    """`num` drafts of a checkpoint in `out`; returns False if it held exactly these. Raises: as `claim`.
+
+    They are drawn after IRG's plans if `is_planned`, else after thoughts of the base's own kind.
+    """
     drawer, described = load_generator(checkpoint, config, prompts={})
     inputs = {"checkpoint": described["sha256"], "settings": describe_settings(config), "seed": seed,
-              "num": num}
+              "num": num, "is_planned": is_planned}
     claim(out, inputs)
     if (out / MANIFEST).exists():
         return False
-    draw_drafts(drawer, num, seed=seed, batch_size=min(batch_size or config.batch_size, num), out=out)
+    draw_drafts(drawer, num, seed=seed, batch_size=min(batch_size or config.batch_size, num), out=out,
+                is_planned=is_planned)
     finish(out, **inputs)
     return True
