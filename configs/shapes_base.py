@@ -7,26 +7,11 @@ builds the data set (5 minutes), trains a tokenizer and the autoencoder (35), co
 the network to draw (100), its vision encoder by itself (11), the network on plain text-to-image, captions,
 questions and editing (75), on text alone (20), on all of it (86) and on edits of 5,000 pictures that it drew
 itself (58; no reflection, no IRGL), and exports in the released layout in bf16. Interrupted, the same command
-resumes. Minutes are of two cores, in a run of this recipe on 2026-11-28 that was handed on twice, from `see` on
-with GLIBC_TUNABLES as in docs/log.md, and with other work beside parts of it.
-Expected of it: 87 % of 300 questions about scenes are answered right; of 300 held-out prompts 39 % are drawn
-right, 35 % after thinking (assets/base_in_the_making has the commands, and the export).
-
-The weights in assets/shapes_base went a longer way while the recipe was found. `see` stopped at step 6,776 of a
-cosine of 9,000, with one question a picture; then came `read`, and of `train` 5,700 steps with an encoder that
-did not tell places, 2,573 in which that was found out, the encoder's own training once more from where it was
-(3,600 steps), and with the encoder kept as it was 1,110 steps, 1,500 with half of the records questions and
-captions, 4,200 with about the weights below, and 1,500 at the shift of `mend`, two thirds of their records
-editing and captions; then 1,200 steps of `mend`. All of that with captions that said the place last and without
-medleys; then 550 steps of plain drawing and medleys, places first, 1,600 of `mend` without comparisons, 600 in
-which comparisons were half of it, 1,000 in which they said yes or no to points that are no longer asked, 1,300
-with `reviewing`, two thirds of their records comparisons of any kind, 900 with half of their records
-`verifying` and `reviewing` without a caption first and an eighth a mode that is gone (copies of pictures that
-no word tells), and 700 with about the weights of `mend` but `captioning` 3.0, which the 900 had lacked. They
-learnt `draw` and `see` in shorter packs: edits were shorter. Their drafts were drawn from captions, not from
-thoughts.
-Expected there: 86 % of 300 questions about scenes are answered right (`irg_jax.examine --num 300`); of 300
-held-out prompts 34 % are drawn right, 39 % after thinking (`bash launch/local.sh`).
+resumes. Minutes are of two cores, in a run of this recipe on 2026-11-28 that was handed on twice, from `see`
+on with GLIBC_TUNABLES as in docs/log.md, and with other work beside parts of it.
+Expected of it, and of assets/shapes_base, which is what that run exported: 87 % of 300 questions about scenes
+are answered right (`irg_jax.examine --num 300`); of 300 held-out prompts 39 % are drawn right, 35 % after
+thinking (`bash launch/local.sh`).
 """
 
 import ml_collections
