@@ -1,5 +1,6 @@
 """The recipe of the base in one go, far too small to learn anything: every stage runs."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -98,5 +99,7 @@ def test_every_stage_runs(tmp_path):
                           env={**os.environ, "XLA_FLAGS": ""})   # one device, as its users have
     assert done.returncode == 0, done.stderr[-3000:]
     assert import_folder(tmp_path / "out").tokenizer.vocab_size <= 512
+    drafts = json.loads((tmp_path / "run/drafts/inputs.json").read_text())
+    assert drafts["is_planned"] is False    # the base thinks in its own way
     checkpoints = {path: path.stat().st_mtime for path in (tmp_path / "run").rglob("checkpoints/*")}
     assert {path.parent.parent.name for path in checkpoints} >= {"draw", "see", "read", "base", "mend"}
