@@ -106,7 +106,7 @@ def in_reading_order(things: Sequence[Thing]) -> list[Thing]:
 
 
 def describe(rng: np.random.Generator, scene: Scene, relation: str | None = None) -> str:
-    """What the picture shows, in at most 14 words: how the base thinks. A relation is one of two kinds."""
+    """What the picture shows, in at most 14 words: how the base thinks. `relation`: of two kinds."""
     names = [counted(len(things), *kind) for kind, things in _kinds(scene).items()]
     text = RELATION_WORDS[relation][0].format(*names) if relation else listed(names)
     if len(names) <= 2 and rng.random() < 0.5:
