@@ -1,6 +1,7 @@
 """Drafts: written and read back whole, refused when changed, and made into improving records."""
 
 import base64
+import dataclasses
 import io
 import json
 
@@ -34,6 +35,7 @@ from data_pipelines.shapes.score import score
 from data_pipelines.shapes.sketch import sketch
 from data_pipelines.sources import ParquetRows
 from irg_jax.sampling import drafting
+from irg_jax.sampling.config import SamplingConfig, TextConfig
 
 HELD_OUT = Scene("colors", (Thing("circle", "green", "plain", 0.5, 0.5, 0.4),), "white")
 
@@ -245,6 +247,17 @@ def test_the_command_draws_every_prompt_once_and_goes_on(tmp_path, monkeypatch):
     found = [read_drafts(tmp_path / folder) for folder in ("whole", "half")]
     assert len(found[0]) == 10 == len({draft.prompt for draft in found[0]})
     assert [draft[:4] for draft in found[0]] == [draft[:4] for draft in found[1]]
+
+
+def test_settings_that_no_draft_needs_may_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(drafting, "load_generator", lambda *_, **__: (Drawer(), {"sha256": "abc"}))
+    config = SamplingConfig(height=64, width=64)
+    make = lambda config: drafting.make_drafts("x", config, 2, seed=1, out=tmp_path / "drafts")
+    assert make(config)
+    guided = dataclasses.replace(config.turn2, cfg_text_scale=2.0)
+    assert not make(dataclasses.replace(config, turn2=guided, num_turns=4, text=TextConfig(temperature=1.0)))
+    with pytest.raises(ValueError, match="other drafts"):
+        make(dataclasses.replace(config, turn1=guided))
 
 
 def test_another_folder_is_not_drawn_into(tmp_path):

@@ -15,6 +15,9 @@ from irg_jax.sampling.opening import describe_settings, in_batches, load_generat
 from irg_jax.sampling.trajectory import Generator
 
 INPUTS = "inputs.json"
+# A draft is one picture after a text that is given: no later turn, nothing written or looked at.
+UNUSED = ("turn2", "num_turns", "window", "stop_text", "stop_change", "text", "vae_transform",
+          "vit_transform", "posterior")
 
 
 def draw_drafts(drawer: Generator, num: int, *, seed: int, batch_size: int, out: pathlib.Path,
@@ -58,8 +61,9 @@ def make_drafts(checkpoint: str, config: SamplingConfig, num: int, *, seed: int,
     They are drawn after IRG's plans if `is_planned`, else after thoughts of the base's own kind.
     """
     drawer, described = load_generator(checkpoint, config, prompts={})
-    inputs = {"checkpoint": described["sha256"], "settings": describe_settings(config), "seed": seed,
-              "num": num, "is_planned": is_planned}
+    settings = {name: value for name, value in describe_settings(config).items() if name not in UNUSED}
+    inputs = {"checkpoint": described["sha256"], "settings": settings, "seed": seed, "num": num,
+              "is_planned": is_planned}
     claim(out, inputs)
     if (out / MANIFEST).exists():
         return False
