@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Makes a virtual environment and installs requirements.txt into it, if that has changed.
+# Makes a virtual environment and installs requirements.txt into it, if that has changed;
+# where there is an NVIDIA GPU (nvidia-smi -L) requirements-cuda.txt, too.
 #
 #   bash launch/setup.sh      VENV=DIR     where it lies (default: .venv)
 #                             PYTHON=NAME  what makes it (default: the first of python3.11,
 #                                          python3.12 and python3 that is 3.11 or later)
+#                             JAX_PLATFORMS=cpu  leaves a GPU alone
 #
 # local.sh and test.sh source this file: they then stand in the repository's root and have $python.
 set -euo pipefail
 if [[ ${BASH_SOURCE[0]} == "$0" ]] && (($#)); then
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     [[ $1 == -h || $1 == --help ]] && exit
     echo "error: unexpected '$1'; it takes no arguments" >&2
     exit 2
@@ -76,3 +78,6 @@ if ! is_usable "$python" || ! "$python" -c 'import pip' 2>/dev/null; then
     make_venv
 fi
 install requirements.txt "$venv"
+if [[ ${JAX_PLATFORMS:-cuda} == *@(cuda|gpu)* && $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; then
+    install requirements-cuda.txt "$venv"
+fi

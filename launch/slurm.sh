@@ -8,7 +8,7 @@ usage: bash launch/slurm.sh [--dry-run] TRAINING ARGUMENTS
 
 Submits python -m irg_jax.train ARGUMENTS from this folder, which all nodes must see, as they must
 see the workdir. Set the environment up once: bash launch/setup.sh, then
-.venv/bin/python -m pip install -c requirements.txt '.[cuda]'.
+.venv/bin/python -m pip install -r requirements-cuda.txt, unless that was on a machine with a GPU.
 
 From the environment, required:
   NODES           how many

@@ -11,6 +11,7 @@ case ${1:-} in
     --all) selection=(); shift ;;
     *) selection=(-m "not slow") ;;
 esac
+export JAX_PLATFORMS=cpu    # what tests/conftest.py says, before anything is installed
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # Beside the environment, not in it: see the file. Tests that compile for TPUs look for it there.

@@ -241,6 +241,23 @@ def test_set_up_skips_a_python_that_does_not_run(tmp_path):
     assert wrong.returncode == 1 and "no_python is not a Python 3.11" in wrong.stderr
 
 
+def test_set_up_brings_cuda_where_there_is_a_gpu(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for name in ("requirements.txt", "requirements-cuda.txt", "nvidia-smi"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "VENV": "new"}
+    installed = lambda **more: "requirements-cuda.txt" in subprocess.run(
+        ["bash", "launch/setup.sh"], cwd=tmp_path, env=os.environ | environment | more, text=True,
+        capture_output=True, check=True).stdout
+    assert not installed(JAX_PLATFORMS="")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    assert not installed(JAX_PLATFORMS="cpu")
+    assert installed(JAX_PLATFORMS="") and not installed(JAX_PLATFORMS="cuda,cpu")   # it is there by then
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
+    assert not installed(JAX_PLATFORMS="")
+
+
 def test_set_up_clears_no_environment_that_is_not_ours(tmp_path):
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "theirs" / "bin").mkdir(parents=True)

@@ -73,14 +73,28 @@ def test_other_commands_need_no_extra():
     assert reached(commands) == names("")
 
 
+def read_pinned(file: str, environment: dict[str, str]) -> dict[str, Requirement]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    return {canonicalize_name(one.name): one for one in map(Requirement, filter(None, lines))
+            if one.marker is None or one.marker.evaluate(environment)}
+
+
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_pinned_versions_fit(python):
     environment = {"python_version": python, "sys_platform": "linux"}
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    pinned = {canonicalize_name(one.name): one for one in map(Requirement, filter(None, lines))
-              if one.marker is None or one.marker.evaluate(environment)}
+    pinned = read_pinned("requirements.txt", environment)
     for extra, declared in read_setup().items():
         for one in declared:
             if one.marker is None or one.marker.evaluate(environment):
                 (version,) = pinned[canonicalize_name(one.name)].specifier
                 assert version.operator == "==" and one.specifier.contains(version.version), (extra, str(one))
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_cuda_is_the_one_of_jax(python):
+    environment = {"python_version": python, "sys_platform": "linux"}
+    pinned = read_pinned("requirements-cuda.txt", environment)
+    jax = read_pinned("requirements.txt", environment)["jax"].specifier
+    assert all(one.specifier == jax for name, one in pinned.items() if name.startswith("jax-cuda12-"))
+    (extra,) = [one for one in read_setup()["cuda"] if one.marker.evaluate(environment)]
+    assert (extra.specifier, extra.extras) == (jax, {"cuda12"}) and "jax-cuda12-pjrt" in pinned
