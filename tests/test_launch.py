@@ -22,6 +22,8 @@ import os, subprocess, sys, time
 name = os.path.basename(sys.argv[0]).removesuffix(".py")
 with open("log.txt", "a") as log:
     print(name, *sys.argv[1:], file=log)
+with open("malloc.txt", "a") as log:
+    print(os.environ["GLIBC_TUNABLES"], file=log)
 if os.environ.get("FAIL") == name:
     sys.exit(7)
 if os.environ.get("WAIT") == name:
@@ -109,6 +111,12 @@ def test_job_runs_the_public_commands_in_order(house):
     assert not any(":quick" in line for line in lines)
     assert "step 5 of 10: stage1" in output and "left)" in output
     assert "-m irg_jax.convert --source assets/shapes_base --target 'runs/a b/base'" in output
+
+
+@pytest.mark.parametrize("own", ["", "glibc.malloc.arena_max=1"])
+def test_commands_have_huge_pages_unless_the_caller_says_otherwise(house, own):
+    assert run(house, **({"GLIBC_TUNABLES": own} if own else {}))[0] == 0
+    assert set((house / "malloc.txt").read_text().splitlines()) == {own or "glibc.malloc.hugetlb=1"}
 
 
 def test_quick_takes_every_quick_config(house):
