@@ -201,14 +201,19 @@ def measure_ablation(flags: argparse.Namespace) -> dict[str, Any]:
     python("-m", "irg_jax.evaluate", *DRAW, "--base", str(folder / "images"),
            "--checkpoint", str(folder / "trajectories"), "--prompts", f"{flags.run}/data/prompts_heldout.jsonl",
            "--out", str(folder / "eval"))
-    whole = overall(read_results(ROOT / flags.run / "eval" / "shapes" / "results.jsonl"))
-    parts = overall(read_results(ROOT / folder / "eval" / "results.jsonl"))
-    rows = {"base": (whole["base"],), "+ better images only": (parts["base"],),
-            "+ full trajectories": (parts["turn1"], parts["turn2"]),
-            "+ six modes": (whole["turn1"], whole["turn2"])}
-    for name, scores in rows.items():
-        print_row(name, *scores)
-    return {"scores": {name: dict(zip(("turn1", "turn2"), scores)) for name, scores in rows.items()}}
+    whole, parts = (align_verdicts(read_results(ROOT / evaluated / "results.jsonl"))
+                    for evaluated in (f"{flags.run}/eval/shapes", folder / "eval"))
+    rows = {"base": (whole.correct["base"],), "+ better images only": (parts.correct["base"],),
+            "+ full trajectories": (parts.correct["turn1"], parts.correct["turn2"]),
+            "+ six modes": (whole.correct["turn1"], whole.correct["turn2"])}
+    cases, before = {}, rows["base"]
+    for name, row in rows.items():    # each turn less the same turn of the row above, or its last one
+        gains = [as_json(paired_bootstrap(right, above, seed=0, strata=whole.categories))
+                 for right, above in zip(row, (*before, *before[-1:]))]
+        scores = [round(float(right.mean()), 4) for right in row]
+        print_row(name, *scores, *gains)
+        cases[name], before = {"scores": scores, "less_the_row_above": gains}, row
+    return {"cases": cases}
 
 
 def print_row(name: str, *values: float | Mapping[str, Any]) -> None:
