@@ -207,7 +207,7 @@ def measure_ablation(flags: argparse.Namespace) -> dict[str, Any]:
             "+ full trajectories": (parts.correct["turn1"], parts.correct["turn2"]),
             "+ six modes": (whole.correct["turn1"], whole.correct["turn2"])}
     cases, before = {}, rows["base"]
-    for name, row in rows.items():    # each turn less the same turn of the row above, or its last one
+    for name, row in rows.items():    # each turn less the same turn of the row above, or its only one
         gains = [as_json(paired_bootstrap(right, above, seed=0, strata=whole.categories))
                  for right, above in zip(row, (*before, *before[-1:]))]
         scores = [round(float(right.mean()), 4) for right in row]

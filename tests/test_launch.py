@@ -57,7 +57,8 @@ def house(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def start(root: pathlib.Path, *arguments: str, cwd: pathlib.Path | None = None, **environment: str):
     """Starts local.sh; the output is one text."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON")}
+    read = ("VENV", "PYTHON", "GLIBC_TUNABLES")
+    clean = {name: value for name, value in os.environ.items() if name not in read}
     return subprocess.Popen(["bash", str(root / "launch" / "local.sh"), *arguments], cwd=cwd or root,
                             env=clean | environment, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
